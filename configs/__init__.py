@@ -1,0 +1,1 @@
+"""Typed configuration: YAML claims in, frozen values out. Imports nothing of keel."""

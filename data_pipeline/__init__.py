@@ -1,0 +1,1 @@
+"""Shards to batches. Knows nothing of objectives: it is asked for views."""

@@ -1,0 +1,1 @@
+"""Batches to a backbone: one trainer, one state; objectives are plug-ins."""

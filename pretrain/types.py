@@ -1,0 +1,265 @@
+"""The words every room of `pretrain` shares: time, batches in, losses out, and the ports between them.
+
+Nothing here holds a reference to the trainer, and nothing here knows an objective, a cluster or an engine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from pydantic_core import CoreSchema, core_schema
+from torch import Tensor, nn
+
+from configs.loading import Config
+from data_pipeline.types import Batch, ViewSpec
+
+Unit = Literal["steps", "samples", "epochs", "min"]
+_UNITS: Mapping[str, Unit] = {
+    "step": "steps", "steps": "steps", "sample": "samples", "samples": "samples",
+    "epoch": "epochs", "epochs": "epochs", "min": "min", "minute": "min", "minutes": "min",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: "800 epochs", "100_000 steps", "12.8e9 samples"; "30 min" only for saving and stopping."""
+
+    amount: float
+    unit: Unit
+
+    @classmethod
+    def parse(cls, text: str) -> Duration:
+        number, _, unit = text.strip().partition(" ")
+        try:
+            amount = float(number)
+        except ValueError:
+            amount = -1.0
+        known = _UNITS.get(unit.strip().lower())
+        if known is None or not 0 <= amount < float("inf"):
+            raise ValueError('a duration reads "12 steps", "800 epochs", "12.8e9 samples" or "30 min"')
+        return cls(amount, known)
+
+    def __str__(self) -> str:
+        amount = int(self.amount) if self.amount == int(self.amount) else self.amount
+        return f"{amount} {self.unit}"
+
+    def steps(self, batch_size: int, dataset_size: int) -> int:
+        """Whole optimizer steps, rounded up so that every sample asked for is seen. Raises ValueError for minutes."""
+        match self.unit:
+            case "steps":
+                samples = self.amount * batch_size
+            case "samples":
+                samples = self.amount
+            case "epochs":
+                samples = self.amount * dataset_size
+            case "min":
+                raise ValueError("minutes don't fix a number of steps")
+        return -(-round(samples) // batch_size)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> CoreSchema:
+        def read(value: Any) -> Duration:
+            if isinstance(value, Duration):
+                return value
+            return cls.parse(value if isinstance(value, str) else "")
+
+        return core_schema.no_info_plain_validator_function(
+            read, serialization=core_schema.to_string_ser_schema()
+        )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The clock of a run. Schedules are functions of it, and it moves on applied steps only."""
+
+    step: int  # applied optimizer steps so far
+    samples: int  # samples consumed so far: the data position, which moves on skipped steps too
+    total_steps: int
+    dataset_size: int  # samples in one epoch
+
+    @property
+    def fraction(self) -> float:
+        return self.step / self.total_steps
+
+    @property
+    def epoch(self) -> float:
+        return self.samples / self.dataset_size
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.total_steps
+
+    def consumed(self, samples: int) -> Progress:
+        return replace(self, samples=self.samples + samples)
+
+    def applied(self) -> Progress:
+        return replace(self, step=self.step + 1)
+
+
+class LossOutput(NamedTuple):
+    """What a forward pass gives. A NamedTuple because ZeRO-3 walks tuples for tensors and not dataclasses."""
+
+    loss: Tensor  # () float32: mean over the micro-batch
+    metrics: Mapping[str, Tensor]  # () tensors on the device, detached: averaged over ranks when they are due
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that share optimizer settings; the scales multiply the scheduled values."""
+
+    parameters: Sequence[tuple[str, nn.Parameter]]
+    weight_decay_scale: float = 1.0
+    lr_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """Run-time facts an objective is built from, none of which is in its config."""
+
+    encoder: nn.Module
+    image_size: tuple[int, int]  # height, width in pixels
+    dataset_size: int
+    batch_size: int  # global
+    autocast: torch.dtype | None  # dtype of autocast inside forward; None trains in fp32
+    world_size: int = 1
+
+
+class Objective(nn.Module, ABC):
+    """One pretext task: the very module that is wrapped, so that DeepSpeed, DDP and compile hook `forward`."""
+
+    encoder: nn.Module  # what an export saves
+
+    @abstractmethod
+    def forward(self, batch: Batch, progress: Progress) -> LossOutput: ...
+
+    @abstractmethod
+    def param_groups(self) -> list[ParamGroup]: ...
+
+    def after_step(self, update: Update, progress: Progress) -> None:  # noqa: B027
+        """Teacher, queue, clamps: called after an applied step, never after a skipped one."""
+
+    def pictures(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Name to (3, H, W) float image in [0, 1]: what a person would look at to judge this run."""
+        return {}
+
+
+class ObjectiveConfig(Config, ABC):
+    """Settings of an objective. `name` "mae" is `objectives/mae.py`; a dotted name imports an outside plug-in."""
+
+    name: str
+    needs: ClassVar[frozenset[str]] = frozenset({"views"})  # batch fields: views, tokens, target, index
+
+    @abstractmethod
+    def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]: ...
+
+    @abstractmethod
+    def build(self, context: BuildContext) -> Objective: ...
+
+
+class Update(Protocol):
+    """An applied optimizer step, as an objective may use it. Right under every ZeRO stage."""
+
+    grad_norm: Tensor  # () float32: global L2 norm before clipping
+
+    def lerp(self, teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+        """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter."""
+
+    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Set a whole parameter, its fp32 master included."""
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Scheduled values for one optimizer step."""
+
+    lr: float
+    weight_decay: float
+
+
+class Engine(Protocol):
+    """What the loop needs of a distributed training engine. DeepSpeed is one; nothing else knows it."""
+
+    device: torch.device
+
+    def forward(self, batch: Batch, progress: Progress) -> LossOutput: ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of one micro-batch; the engine divides by the number of micro-batches."""
+
+    def step(self, settings: StepSettings) -> Update | None:
+        """Apply the accumulated gradients; None where the update was skipped and nothing changed."""
+
+    def whole_parameters(self) -> AbstractContextManager[nn.Module]:
+        """The objective with every parameter whole on every rank, for reading (evaluation, pictures)."""
+
+    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        """Collectively write model, buffers, moments and counters, with `extra` (JSON values) beside them."""
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Collectively restore what `save` wrote; gives `extra` back."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the loop tells its listeners after an applied step. Tensors stay on the device until someone is due."""
+
+    progress: Progress
+    output: LossOutput  # this rank's mean over its share of the global batch
+    update: Update
+    settings: StepSettings
+    data_wait: float  # seconds this rank waited for data
+    seconds: float  # duration of the whole step
+
+
+StopReason = Literal["done", "stop_after", "time_limit", "preempted", "interrupted"]
+
+
+class Listener(Protocol):
+    """Something that acts after applied steps: trackers, the checkpointer, evaluators."""
+
+    def after_step(self, report: StepReport) -> None: ...
+
+    def finish(self, progress: Progress, reason: StopReason) -> None: ...
+
+
+class Tracker(Protocol):
+    """Somewhere numbers and pictures go. Only rank 0 has trackers; they see floats, never device tensors."""
+
+    def log(self, row: Mapping[str, float | int]) -> None: ...
+
+    def pictures(self, step: int, images: Mapping[str, Tensor]) -> None: ...
+
+    def finish(self, status: str) -> None: ...
+
+
+class FeaturePass(Protocol):
+    """Frozen features of a labelled set, gathered over ranks in the set's own order."""
+
+    def __call__(self, encode: Callable[[Tensor], Tensor], manifest: Path) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """An evaluator's result: `values["top1"]` and the like, in percent unless the name says otherwise."""
+
+    kind: str
+    values: Mapping[str, float]
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Evaluator(Protocol):
+    """Judges a frozen encoder; never touches training state."""
+
+    kind: str
+
+    def __call__(self, encoder: nn.Module, device: torch.device) -> Scores: ...
+
+
+def trainable(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:
+    return ((name, p) for name, p in module.named_parameters() if p.requires_grad)
