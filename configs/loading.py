@@ -115,7 +115,8 @@ def validate(values: dict[str, Any], schema: type[ConfigType], source: str) -> C
 
 def dump(config: Config) -> str:
     """The whole config as YAML that loads to an equal value."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
 
 
 def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -133,8 +134,8 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def chosen_by_name(resolve: Callable[[str], type[Config]]) -> pydantic.BeforeValidator:
-    """A validator for a setting group whose type follows from its `name`.
+def chosen_by(key: str, resolve: Callable[[str], type[Config]]) -> pydantic.BeforeValidator:
+    """A validator for a setting group whose type follows from its setting `key` (`name`, `kind`).
 
     `resolve` gives the config type for a name and raises ValueError with what is allowed.
     """
@@ -142,9 +143,13 @@ def chosen_by_name(resolve: Callable[[str], type[Config]]) -> pydantic.BeforeVal
     def validator(value: Any) -> Any:
         if isinstance(value, Config):
             return value
-        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-            raise PydanticCustomError("missing_name", "needs a `name`")
-        kind = resolve(value["name"])
+        if not isinstance(value, dict) or not isinstance(value.get(key), str):
+            raise PydanticCustomError("missing_choice", "needs a `{key}`", {"key": key})
+        try:
+            kind = resolve(value[key])
+        except ValueError as error:
+            unknown = Problem(path=key, message=f"found {value[key]!r}; {error}")
+            raise PydanticCustomError("nested", "wrong", {"problems": [unknown.model_dump()]}) from None
         try:
             return kind.model_validate(value)
         except pydantic.ValidationError as error:

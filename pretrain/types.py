@@ -28,7 +28,10 @@ _UNITS: Mapping[str, Unit] = {
 
 @dataclass(frozen=True)
 class Duration:
-    """A length of training: "800 epochs", "100_000 steps", "12.8e9 samples"; "30 min" only for saving and stopping."""
+    """A length of training: "800 epochs", "100_000 steps", "12.8e9 samples".
+
+    "30 min" is for saving, evaluating and stopping only.
+    """
 
     amount: float
     unit: Unit
@@ -50,7 +53,10 @@ class Duration:
         return f"{amount} {self.unit}"
 
     def steps(self, batch_size: int, dataset_size: int) -> int:
-        """Whole optimizer steps, rounded up so that every sample asked for is seen. Raises ValueError for minutes."""
+        """Whole optimizer steps, rounded up so that every sample asked for is seen.
+
+        Raises ValueError for minutes.
+        """
         match self.unit:
             case "steps":
                 samples = self.amount * batch_size
@@ -131,7 +137,7 @@ class BuildContext:
 
 
 class Objective(nn.Module, ABC):
-    """One pretext task: the very module that is wrapped, so that DeepSpeed, DDP and compile hook `forward`."""
+    """One pretext task: the very module that is wrapped, so that DeepSpeed and compile hook `forward`."""
 
     encoder: nn.Module  # what an export saves
 
@@ -141,8 +147,16 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def param_groups(self) -> list[ParamGroup]: ...
 
-    def after_step(self, update: Update, progress: Progress) -> None:  # noqa: B027
+    def after_step(self, update: Update, progress: Progress) -> None:
         """Teacher, queue, clamps: called after an applied step, never after a skipped one."""
+
+    def judge(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Figures of the pretext task itself on held-out data, () tensors: means over the batch."""
+        return {}
+
+    def measure(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Name to (B,) float32: how well the task is done on images not trained on. Called without gradients."""
+        return {}
 
     def pictures(self, batch: Batch) -> Mapping[str, Tensor]:
         """Name to (3, H, W) float image in [0, 1]: what a person would look at to judge this run."""
@@ -150,7 +164,7 @@ class Objective(nn.Module, ABC):
 
 
 class ObjectiveConfig(Config, ABC):
-    """Settings of an objective. `name` "mae" is `objectives/mae.py`; a dotted name imports an outside plug-in."""
+    """Settings of an objective. `name: mae` is `objectives/mae.py`; a dotted name imports a plug-in."""
 
     name: str
     needs: ClassVar[frozenset[str]] = frozenset({"views"})  # batch fields: views, tokens, target, index
@@ -168,7 +182,7 @@ class Update(Protocol):
     grad_norm: Tensor  # () float32: global L2 norm before clipping
 
     def lerp(self, teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-        """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter."""
+        """Teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter."""
 
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set a whole parameter, its fp32 master included."""
@@ -207,7 +221,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the loop tells its listeners after an applied step. Tensors stay on the device until someone is due."""
+    """What the loop tells its listeners after an applied step. Tensors stay on the device until due."""
 
     progress: Progress
     output: LossOutput  # this rank's mean over its share of the global batch
@@ -251,14 +265,6 @@ class Scores:
     kind: str
     values: Mapping[str, float]
     details: Mapping[str, Any] = field(default_factory=dict)
-
-
-class Evaluator(Protocol):
-    """Judges a frozen encoder; never touches training state."""
-
-    kind: str
-
-    def __call__(self, encoder: nn.Module, device: torch.device) -> Scores: ...
 
 
 def trainable(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

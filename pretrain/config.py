@@ -1,0 +1,111 @@
+"""A whole run as one frozen value: what `keel train` reads and RUN/config.yaml holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+
+from configs.errors import ConfigError
+from configs.loading import Config, chosen_by
+from data_pipeline.load import DataConfig
+from pretrain import objectives
+from pretrain.checkpoint import CheckpointConfig
+from pretrain.encoders import EncoderConfig
+from pretrain.evaluators import EvaluatorConfig, evaluator_config_type
+from pretrain.optimizers import OptimizerConfig
+from pretrain.tracking import TrackConfig
+from pretrain.types import Duration, ObjectiveConfig
+
+ChosenObjective = pydantic.SerializeAsAny[
+    Annotated[ObjectiveConfig, chosen_by("name", objectives.config_type)]
+]
+ChosenEvaluator = pydantic.SerializeAsAny[
+    Annotated[EvaluatorConfig, chosen_by("kind", evaluator_config_type)]
+]
+
+
+class RunSection(Config):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: Path  # one run, one folder; training on an existing one resumes it
+    seed: int = pydantic.Field(0, ge=0, lt=2**31)
+    threads: int = pydantic.Field(1, ge=1)  # CPU threads of a rank, the same for any number of ranks
+
+
+class TrainSection(Config):
+    """How long, how much at once, and in what precision."""
+
+    duration: Duration
+    batch_size: int = pydantic.Field(gt=0)  # global: over all ranks and accumulation
+    micro_batch_size: int | None = pydantic.Field(None, gt=0)  # of a rank; None: its whole share at once
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    gradient_clip: float = pydantic.Field(0.0, ge=0)  # largest global L2 norm; 0 is off
+    stop_after: Duration | None = None  # leave after this much in one go, as if the time limit had come
+
+    @pydantic.field_validator("duration")
+    @classmethod
+    def _countable(cls, duration: Duration) -> Duration:
+        if duration.unit == "min" or duration.amount == 0:
+            raise ValueError("training lasts a positive number of steps, epochs or samples")
+        return duration
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
+
+class RunConfig(Config):
+    """The top-level keys of every training config."""
+
+    run: RunSection
+    data: DataConfig
+    objective: ChosenObjective
+    encoder: EncoderConfig
+    optimizer: OptimizerConfig
+    train: TrainSection
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluate: tuple[ChosenEvaluator, ...] = ()
+    track: TrackConfig = TrackConfig()
+
+    def placed(self) -> RunConfig:
+        """The same run with absolute paths, so that it means the same from any working directory."""
+        run = self.run.model_copy(update={"dir": self.run.dir.expanduser().absolute()})
+        return self.model_copy(update={"run": run, "data": self.data.placed()})
+
+    def micro_batch(self, world_size: int) -> tuple[int, int]:
+        """(samples a rank takes at once, micro-batches a step). Raises `ConfigError` where the batch can't be cut."""
+        batch_size, wanted = self.train.batch_size, self.train.micro_batch_size
+        if batch_size % world_size:
+            raise ConfigError(
+                f"train.batch_size: {batch_size} can't be shared equally by {world_size} ranks; "
+                f"use a multiple of {world_size}, such as {-(-batch_size // world_size) * world_size}"
+            )
+        share = batch_size // world_size
+        if wanted is not None and (wanted > share or share % wanted):
+            allowed = [n for n in range(1, share + 1) if share % n == 0]
+            raise ConfigError(
+                f"train.micro_batch_size: {wanted} doesn't divide a rank's share of {share} "
+                f"({batch_size} over {world_size} ranks); allowed: {', '.join(map(str, allowed))}"
+            )
+        micro = wanted or share
+        return micro, share // micro
+
+
+MAY_CHANGE = (
+    "run.dir", "run.threads", "data.workers", "data.manifest", "train.micro_batch_size", "train.zero_stage",
+    "train.stop_after", "checkpoint", "evaluate", "track",
+)  # fmt: skip
+"""What a resumed run may change: how it runs, not what it computes. The manifest is compared by its hash."""
+
+
+def refused_changes(changes: dict[str, tuple[Any, Any]]) -> dict[str, tuple[Any, Any]]:
+    """Those of `configs.loading.difference` that would make a resumed run another run."""
+
+    def allowed(path: str) -> bool:
+        return any(path == free or path.startswith(free + ".") for free in MAY_CHANGE)
+
+    return {path: values for path, values in changes.items() if not allowed(path)}

@@ -1,0 +1,90 @@
+"""The one door to timm for training: an encoder *is* a timm model, with timm's parameter names."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+import pydantic
+from torch import Tensor, nn
+
+from configs.errors import ConfigError
+from configs.loading import Config
+from pretrain.encoders.torchvision_compat import ensure_torchvision
+
+Pooling = Literal["token", "avg"]
+
+
+class EncoderConfig(Config):
+    """A timm architecture and the arguments it is made with."""
+
+    name: str  # any name of timm.list_models()
+    args: dict[str, Any] = {}  # passed to timm.create_model, recorded in the export
+    pooling: Pooling = "token"  # how a ViT's tokens become one feature: class token, or mean of the patches
+
+    @pydantic.field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        timm = _timm()
+        if timm.is_model(name):
+            return name
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(
+            "not an architecture of the installed timm " + timm.__version__
+            + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()")
+        )  # fmt: skip
+
+
+def build(config: EncoderConfig, image_size: tuple[int, int]) -> nn.Module:
+    """A randomly initialised encoder without a classifier: (B, 3, H, W) float32 in, (B, D) out.
+
+    Raises `ConfigError` where timm refuses the arguments.
+    """
+    arguments = dict(config.args)
+    if has_image_size(config.name):
+        arguments.setdefault("img_size", tuple(image_size))
+    try:
+        model = _timm().create_model(config.name, pretrained=False, num_classes=0, **arguments)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise ConfigError(
+            f"encoder.args: timm can't make {config.name} with {arguments}: {' '.join(str(error).split())}"
+        ) from error
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def has_image_size(name: str) -> bool:
+    """Whether the architecture is made for one image size, as ViTs are and ResNets aren't."""
+    return bool(_timm().get_pretrained_cfg(name).fixed_input_size) or name.startswith("vit_")
+
+
+def is_vit(encoder: nn.Module) -> bool:
+    from timm.models.vision_transformer import VisionTransformer
+
+    return isinstance(encoder, VisionTransformer)
+
+
+def features(encoder: nn.Module, images: Tensor, pooling: Pooling = "token") -> Tensor:
+    """(B, 3, H, W) normalised float32 -> (B, D) frozen-feature vectors, as an export gives them."""
+    if pooling == "avg" and is_vit(encoder):
+        tokens = encoder.forward_features(images)  # type: ignore[operator]
+        return tokens[:, encoder.num_prefix_tokens :].mean(dim=1)  # type: ignore[no-any-return]
+    return encoder(images)  # type: ignore[no-any-return]
+
+
+def _timm() -> Any:
+    ensure_torchvision()
+    import timm
+
+    return timm
+
+
+def width(encoder: nn.Module) -> int:
+    """Size of the feature vector."""
+    found = encoder.num_features
+    assert isinstance(found, int)
+    return found
+
+
+def parameter_count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,105 @@
+"""What objectives need of a timm VisionTransformer beyond its forward: patches, positions, visible tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.encoders.torchvision_compat import ensure_torchvision
+
+ensure_torchvision()
+
+from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
+
+
+def grid_and_patch(encoder: VisionTransformer) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(rows, columns) of patches and (height, width) of a patch in pixels."""
+    grid, patch = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size
+    return (int(grid[0]), int(grid[1])), (int(patch[0]), int(patch[1]))
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """(B, C, H, W) -> (B, L, ph*pw*C): patches in row order, pixels in row order, channels last."""
+    batch, channels, height, width = images.shape
+    ph, pw = patch
+    rows, columns = height // ph, width // pw
+    cut = images.reshape(batch, channels, rows, ph, columns, pw)
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, ph * pw * channels)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int], patch: tuple[int, int]) -> Tensor:
+    """(B, L, ph*pw*C) -> (B, C, H, W): the inverse of `patchify`."""
+    (rows, columns), (ph, pw) = grid, patch
+    channels = patches.shape[-1] // (ph * pw)
+    cut = patches.reshape(len(patches), rows, columns, ph, pw, channels)
+    return cut.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), channels, rows * ph, columns * pw)
+
+
+def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Tensor:
+    """(1, prefix + rows*columns, width) float32: fixed 2-D sine-cosine positions, zero for prefix tokens.
+
+    MoCo v3 and MAE (arXiv:2104.02057 §4, arXiv:2111.06377 appendix A.1). The first half of the channels codes
+    the column and the second the row, each as sines then cosines of position / 10000^(i / (width/4)),
+    in the layout of the official MAE code. Computed in float64.
+    """
+    if width % 4:
+        raise ValueError(f"2-D sine-cosine positions need a width divisible by 4, not {width}")
+    rows, columns = grid
+    frequency = 10_000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+
+    def code(position: Tensor) -> Tensor:
+        angle = position.double().reshape(-1, 1) * frequency
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    patches = torch.cat([code(column), code(row)], dim=1)
+    return torch.cat([torch.zeros(prefix, width, dtype=torch.float64), patches]).float().unsqueeze(0)
+
+
+def fix_positions(encoder: VisionTransformer) -> None:
+    """Replace the learnt positions by fixed sine-cosine ones, in place."""
+    prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    grid, _ = grid_and_patch(encoder)
+    with torch.no_grad():
+        encoder.pos_embed.copy_(sincos_positions(encoder.embed_dim, grid, prefix))
+    encoder.pos_embed.requires_grad_(False)
+
+
+def encode_visible(encoder: VisionTransformer, images: Tensor, visible: Tensor) -> Tensor:
+    """Tokens of the `visible` patches only: (B, 3, H, W), (B, K) int64 -> (B, prefix + K, D).
+
+    Positions are added before the others are dropped, so a token knows where it came from.
+    """
+    tokens = encoder._pos_embed(encoder.patch_embed(images))
+    prefix = encoder.num_prefix_tokens
+    patches = take(tokens[:, prefix:], visible)
+    kept = encoder.norm_pre(torch.cat([tokens[:, :prefix], patches], dim=1))
+    return encoder.norm(encoder.blocks(kept))  # type: ignore[no-any-return]
+
+
+def take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens by number: (B, L, D), (B, K) int64 -> (B, K, D)."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def transformer_blocks(width: int, depth: int, heads: int, norm_eps: float = 1e-6) -> nn.Sequential:
+    """A stack of timm's own pre-norm blocks, for decoders and towers."""
+
+    def norm(size: int) -> nn.LayerNorm:
+        return nn.LayerNorm(size, eps=norm_eps)
+
+    return nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+
+
+def initialise_as_mae(modules: Iterable[nn.Module]) -> None:
+    """Xavier-uniform linear layers with zero bias, unit layer norms (`_init_weights` of the MAE code)."""
+    for module in modules:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)

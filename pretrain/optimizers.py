@@ -1,0 +1,95 @@
+"""Optimizers, their parameter groups, and the learning rate's scaling with the global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import pydantic
+import torch
+from torch import nn
+
+from configs.errors import ConfigError
+from configs.loading import Config
+from pretrain.schedules import ScheduleName, warmup_then
+from pretrain.types import Duration, ParamGroup, Progress, StepSettings, trainable
+
+MakeOptimizer = Callable[[Sequence[ParamGroup]], torch.optim.Optimizer]
+
+
+class OptimizerConfig(Config):
+    """An optimizer with its schedule. Give `base_lr` (scaled by batch / 256) or `lr` (as it is), not both."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    base_lr: float | None = pydantic.Field(None, gt=0)
+    lr: float | None = pydantic.Field(None, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = pydantic.Field(1e-8, gt=0)
+    momentum: float = pydantic.Field(0.9, ge=0, lt=1)  # of sgd
+    weight_decay: float = pydantic.Field(0.05, ge=0)
+    schedule: ScheduleName = "cosine"
+    warmup: Duration = Duration(0, "steps")
+    final_lr: float = pydantic.Field(0.0, ge=0)
+
+    @pydantic.model_validator(mode="after")
+    def _one_rate(self) -> OptimizerConfig:
+        if (self.base_lr is None) == (self.lr is None):
+            raise ValueError("set exactly one of base_lr (scaled by batch / 256) and lr")
+        if self.warmup.unit == "min":
+            raise ValueError("warmup: a schedule can't be measured in minutes; use steps, samples or epochs")
+        return self
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Linear scaling: lr = base_lr x batch / 256 (Goyal et al. 2017, arXiv:1706.02677 §2.1)."""
+        if self.lr is not None:
+            return self.lr
+        assert self.base_lr is not None
+        return self.base_lr * batch_size / 256
+
+    def stated(self, batch_size: int) -> str:
+        """The learning rate as the log says it."""
+        if self.lr is not None:
+            return f"lr = {self.lr:g}"
+        return f"lr = {self.base_lr:g} x {batch_size} / 256 = {self.peak_lr(batch_size):g}"
+
+    def schedule_for(
+        self, batch_size: int, dataset_size: int, total_steps: int
+    ) -> Callable[[Progress], StepSettings]:
+        """Settings of the step that `progress` is about to make. Raises `ConfigError` where the warm-up is too long."""
+        warmup = self.warmup.steps(batch_size, dataset_size)
+        if warmup > total_steps:
+            raise ConfigError(
+                f"optimizer.warmup: {self.warmup} is {warmup} steps, longer than the training of {total_steps}"
+            )
+        peak = self.peak_lr(batch_size)
+
+        def settings(progress: Progress) -> StepSettings:
+            lr = warmup_then(self.schedule, progress.step, total_steps, warmup, peak, self.final_lr)
+            return StepSettings(lr=lr, weight_decay=self.weight_decay)
+
+        return settings
+
+    def make(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
+        """The torch optimizer over `groups`, in order; the engine scales each group's rate and decay."""
+        tensors = [{"params": [p for _, p in group.parameters]} for group in groups]
+        rate = self.lr or self.base_lr or 0.0
+        if self.name == "sgd":
+            return torch.optim.SGD(tensors, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(
+            tensors, lr=rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )
+
+
+def without_decay_on_vectors(module: nn.Module) -> list[ParamGroup]:
+    """Two groups: biases and 1-d parameters free of weight decay, everything else (tokens too) with it.
+
+    timm's `param_groups_weight_decay` as facebookresearch/mae main_pretrain.py calls it, without a skip list.
+    """
+    named = list(trainable(module))
+
+    def exempt(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim <= 1 or name.endswith(".bias")
+
+    decayed = [(n, p) for n, p in named if not exempt(n, p)]
+    free = [(n, p) for n, p in named if exempt(n, p)]
+    return [ParamGroup(decayed), ParamGroup(free, weight_decay_scale=0.0)]

@@ -1,0 +1,23 @@
+"""Schedules as pure functions of progress."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+ScheduleName = Literal["cosine", "constant"]
+
+
+def warmup_then(
+    name: ScheduleName, step: int, total: int, warmup: int, peak: float, final: float = 0.0
+) -> float:
+    """Value at `step` (0-based, before the update): linear from 0 over `warmup` steps, then the named shape.
+
+    cosine: half a period from `peak` to `final` over the rest (SGDR, arXiv:1608.03983 eq. 5 with one period,
+    as facebookresearch/mae util/lr_sched.py does); constant: `peak`.
+    """
+    if step < warmup:
+        return peak * step / warmup
+    if name == "constant" or total <= warmup:
+        return peak
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))

@@ -1,0 +1,75 @@
+"""The loop. It names no method, no cluster and no library."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from data_pipeline.types import Batch
+from pretrain.health import SkippedUpdates, Stopping
+from pretrain.types import (
+    Engine,
+    Listener,
+    LossOutput,
+    Objective,
+    Progress,
+    StepReport,
+    StepSettings,
+    StopReason,
+)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Everything one training loop needs, each part behind its port."""
+
+    engine: Engine
+    objective: Objective
+    batches: Iterable[Batch]  # this rank's share of global batch t, t+1, ... without end
+    batch_size: int  # global
+    accumulate: Callable[[Engine, Batch, Progress], LossOutput]
+    schedule: Callable[[Progress], StepSettings]
+    stopping: Stopping
+    skipped: SkippedUpdates
+    listeners: Sequence[Listener]
+
+    def fit(self, progress: Progress) -> tuple[Progress, StopReason]:
+        """Train from `progress` to the end, or until asked to stop; gives where it came to, and why it left."""
+        reason: StopReason = "done"
+        for waited, batch in self._timed(progress):
+            started = time.perf_counter()
+            output = self.accumulate(self.engine, batch, progress)
+            settings = self.schedule(progress)
+            update = self.engine.step(settings)
+            progress = progress.consumed(self.batch_size)
+
+            if update is None:
+                self.skipped.skipped(progress)
+            else:
+                self.skipped.applied()
+                progress = progress.applied()
+                self.objective.after_step(update, progress)
+                seconds = waited + time.perf_counter() - started
+                report = StepReport(progress, output, update, settings, waited, seconds)
+                for listener in self.listeners:
+                    listener.after_step(report)
+
+            if asked := self.stopping.due(progress):
+                reason = "done" if progress.done else asked
+                break
+            if progress.done:
+                break
+        for listener in self.listeners:
+            listener.finish(progress, reason)
+        return progress, reason
+
+    def _timed(self, progress: Progress) -> Iterator[tuple[float, Batch]]:
+        """Batches with the seconds this rank waited for each."""
+        if progress.done:
+            return
+        batches = iter(self.batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(batches)
+            yield time.perf_counter() - started, batch
