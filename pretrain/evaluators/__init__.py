@@ -1,0 +1,37 @@
+"""Evaluations of a frozen model. The folder is the registry: `kind: knn` is `evaluators/knn.py`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+
+from pretrain.evaluators.subject import EvaluatorConfig
+
+_MACHINERY = frozenset({"ranks", "subject", "schedule"})
+
+
+def kinds() -> list[str]:
+    """The evaluations that ship with keel."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _MACHINERY)
+
+
+def evaluator_config_type(kind: str) -> type[EvaluatorConfig]:
+    """The config class of a kind of evaluation; raises ValueError with what is allowed."""
+    if kind not in kinds():
+        near = difflib.get_close_matches(kind, kinds(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no such evaluation; known: {', '.join(kinds())}{hint}")
+    module = importlib.import_module(f"{__name__}.{kind}")
+    own = [
+        found
+        for _, found in inspect.getmembers(module, inspect.isclass)
+        if issubclass(found, EvaluatorConfig) and found.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        raise ValueError(f"{module.__name__} must define exactly one EvaluatorConfig, found {len(own)}")
+    return own[0]
+
+
+__all__ = ["EvaluatorConfig", "evaluator_config_type", "kinds"]

@@ -1,0 +1,84 @@
+"""Label efficiency: a linear classifier on frozen features learnt from 1, 5 and 10 labels a class.
+
+Logistic regression on features standardised by the mean and deviation of the whole set to learn from (no
+label enters that). The regularisation is fixed beforehand, never chosen on the judged set. Draws are seeded and
+the first n of a draw are contained in its first m > n, so all encoders see the same labelled samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pydantic
+import torch
+
+from configs.errors import DataError
+from pretrain.evaluators.ranks import rank_and_size, summed
+from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Features, Subject
+from pretrain.types import Scores
+
+Array = np.ndarray[Any, Any]
+
+
+class FewShotConfig(EvaluatorConfig):
+    """How many labels a class, how many draws, and the fixed inverse L2 strength."""
+
+    kind: str = "few_shot"
+    shots: tuple[pydantic.PositiveInt, ...] = (1, 5, 10)
+    draws: pydantic.PositiveInt = 5
+    seed: int = 0
+    c: pydantic.PositiveFloat = 0.1  # scikit-learn's C on standardised features
+
+    def build(self) -> Evaluator:
+        return FewShot(self)
+
+
+@dataclass(frozen=True)
+class FewShot:
+    config: FewShotConfig
+
+    def __call__(self, subject: Subject) -> Scores:
+        learn, judge = self.config.learn_and_judge(subject)
+        rank, size = rank_and_size()
+        x, y, test_x, test_y = _standardised(learn, judge)
+        tasks = [(shots, draw) for shots in self.config.shots for draw in range(self.config.draws)]
+        accuracy = torch.zeros(len(tasks), dtype=torch.float64, device=subject.device)
+        for number in range(rank, len(tasks), size):
+            shots, draw = tasks[number]
+            chosen = draw_labels(y, shots, seed=self.config.seed, draw=draw)
+            accuracy[number] = _accuracy(x[chosen], y[chosen], test_x, test_y, self.config.c)
+        table = 100 * summed(accuracy).reshape(len(self.config.shots), self.config.draws).cpu()
+        values = {f"top1_at_{n}": float(row.mean()) for n, row in zip(self.config.shots, table, strict=True)}
+        draws = {f"top1_at_{n}": row.tolist() for n, row in zip(self.config.shots, table, strict=True)}
+        return Scores(self.config.title, values, {"draws": draws, "c": self.config.c})
+
+
+def draw_labels(labels: Array, shots: int, *, seed: int, draw: int) -> Array:
+    """Indices of `shots` samples of every class, the same for every model that is compared.
+
+    Raises `DataError` where a class has fewer.
+    """
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        if len(members) < shots:
+            raise DataError(f"few_shot: class {label} has {len(members)} labelled samples, {shots} asked for")
+        chosen.append(np.random.default_rng([seed, draw, int(label)]).permutation(members)[:shots])
+    return np.concatenate(chosen)
+
+
+def _standardised(learn: Features, judge: Features) -> tuple[Array, Array, Array, Array]:
+    mean, deviation = learn.values.mean(dim=0), learn.values.std(dim=0)
+    # A feature that never moves carries nothing: it becomes 0 instead of a division by 0.
+    scale = torch.where(deviation > 1e-6 * (1 + mean.abs()), 1 / deviation.clamp_min(1e-12), 0.0)
+    x, test_x = (((part.values - mean) * scale).double().cpu().numpy() for part in (learn, judge))
+    return x, learn.labels.cpu().numpy(), test_x, judge.labels.cpu().numpy()
+
+
+def _accuracy(x: Array, y: Array, test_x: Array, test_y: Array, c: float) -> float:
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(C=c, max_iter=5000).fit(x, y)
+    return float((model.predict(test_x) == test_y).mean())

@@ -1,0 +1,64 @@
+"""Weighted nearest-neighbour classification of frozen features.
+
+Wu et al. 2018 (arXiv:1805.01978 §3.4): the k nearest by cosine similarity s_i vote for their class with
+weight exp(s_i / T). Nothing is trained, so the score says what the geometry of the features already knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pydantic
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from pretrain.evaluators.ranks import rank_and_size, summed
+from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Features, Subject
+from pretrain.types import Scores
+
+_SIMILARITIES = 2**26
+"""Most similarities held at once (256 MiB of float32)."""
+
+
+class KNNConfig(EvaluatorConfig):
+    """Weighted kNN: the neighbours' number and the temperature of their votes."""
+
+    kind: str = "knn"
+    k: pydantic.PositiveInt = 20
+    temperature: pydantic.PositiveFloat = 0.07
+
+    def build(self) -> Evaluator:
+        return KNN(self)
+
+
+@dataclass(frozen=True)
+class KNN:
+    config: KNNConfig
+
+    def __call__(self, subject: Subject) -> Scores:
+        learn, judge = self.config.learn_and_judge(subject)
+        rank, size = rank_and_size()
+        own = judge.pick(torch.arange(rank, len(judge), size, device=judge.labels.device))
+        ranking = vote(learn, own.values, k=self.config.k, temperature=self.config.temperature)
+        right = ranking[:, :5] == own.labels.unsqueeze(1)
+        hits = summed(torch.stack([right[:, 0].sum(), right.any(dim=1).sum()])).double()
+        top1, top5 = (100 * hits / len(judge)).tolist()
+        values = {"top1": top1, "top5": top5} if ranking.shape[1] > 5 else {"top1": top1}
+        return Scores(self.config.title, values, {"k": self.config.k, "neighbours_from": len(learn)})
+
+
+def vote(bank: Features, queries: Tensor, *, k: int, temperature: float) -> Tensor:
+    """Classes of (Q, D) `queries` from most to least voted for: (Q, C) int64.
+
+    Works through the queries in pieces, so that memory stays bounded whatever the size of the bank.
+    """
+    neighbours = normalize(bank.values, dim=1)
+    ranking = []
+    for piece in normalize(queries, dim=1).split(max(1, _SIMILARITIES // len(bank))):
+        near, index = (piece @ neighbours.T).topk(min(k, len(bank)), dim=1)
+        votes = near.new_zeros(len(piece), bank.classes)
+        # exp((s-1)/T) and exp(s/T) rank alike, and this one cannot overflow at a small temperature
+        votes.scatter_add_(1, bank.labels[index], ((near - 1) / temperature).exp())
+        ranking.append(votes.argsort(dim=1, descending=True, stable=True))
+    return torch.cat(ranking)

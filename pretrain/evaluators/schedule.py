@@ -1,0 +1,116 @@
+"""Evaluations while training, when the config says so, and their record in RUN/evaluations.jsonl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from configs.errors import ConfigError
+from data_pipeline.types import ViewSpec
+from pretrain import encoders
+from pretrain.evaluators.ranks import rank_and_size
+from pretrain.evaluators.subject import EvaluatorConfig, Subject
+from pretrain.types import Engine, Objective, Progress, Scores, StepReport, StopReason
+
+
+class Evaluate:
+    """A listener that judges the model at the scheduled steps and at the end of training.
+
+    Whether an evaluation is due follows from the step alone, so ranks agree without talking, and a resumed
+    run evaluates where an uninterrupted one does. Training is left exactly as it was.
+    """
+
+    def __init__(
+        self,
+        evaluations: Sequence[EvaluatorConfig],
+        look: Callable[[], AbstractContextManager[Subject]],
+        record: Path,
+        *,
+        batch_size: int,
+        dataset_size: int,
+        tell: Callable[[Progress, Scores], None] | None = None,
+    ) -> None:
+        """`record` is RUN/evaluations.jsonl; `tell` hears every score on rank 0, for trackers."""
+        refuse_equal_names(evaluations)
+        self.evaluations, self.look, self.record, self.tell = tuple(evaluations), look, record, tell
+        self.every = {
+            e.title: e.every.steps(batch_size, dataset_size) for e in evaluations if e.every is not None
+        }
+        self.done = {(row["step"], row["name"]) for row in read(record)}
+
+    def after_step(self, report: StepReport) -> None:
+        step = report.progress.step
+        self._evaluate(
+            [e for e in self.evaluations if e.title in self.every and step % self.every[e.title] == 0],
+            report.progress,
+        )
+
+    def finish(self, progress: Progress, reason: StopReason) -> None:
+        if reason == "done":
+            self._evaluate(self.evaluations, progress)
+
+    def _evaluate(self, evaluations: Sequence[EvaluatorConfig], progress: Progress) -> None:
+        due = [e for e in evaluations if (progress.step, e.title) not in self.done]
+        if not due:
+            return
+        with self.look() as subject:
+            scores = [evaluation.build()(subject) for evaluation in due]
+        self.done |= {(progress.step, evaluation.title) for evaluation in due}
+        if rank_and_size()[0] == 0:
+            for score in scores:
+                write(self.record, progress, score)
+                if self.tell is not None:
+                    self.tell(progress, score)
+
+
+@contextmanager
+def trained_subject(
+    engine: Engine, *, view: ViewSpec, pooling: encoders.Pooling, batch_size: int = 256, workers: int = 0
+) -> Iterator[Subject]:
+    """The model an engine is training, every parameter whole, as evaluators see it."""
+    with engine.whole_parameters() as objective:
+        assert isinstance(objective, Objective)
+        yield Subject(
+            encoder=objective.encoder,
+            encode=partial(encoders.features, objective.encoder, pooling=pooling),
+            view=view,
+            device=engine.device,
+            objective=objective,
+            batch_size=batch_size,
+            workers=workers,
+        )
+
+
+def refuse_equal_names(evaluations: Sequence[EvaluatorConfig]) -> None:
+    """Raises `ConfigError` where two evaluations would be logged under one name."""
+    titles = [evaluation.title for evaluation in evaluations]
+    for number, title in enumerate(titles):
+        if title in titles[:number]:
+            raise ConfigError(f"evaluate.{number}.name: {title} is taken by another one; give it a name")
+
+
+def write(record: Path, progress: Progress, scores: Scores) -> None:
+    """Append one line in one write: step, samples, name, values, details."""
+    row = {
+        "step": progress.step, "samples": progress.samples, "name": scores.kind,
+        "values": dict(scores.values), "details": dict(scores.details),
+    }  # fmt: skip
+    with record.open("ab", buffering=0) as file:
+        file.write((json.dumps(row) + "\n").encode())
+
+
+def read(record: Path) -> list[dict[str, Any]]:
+    """Every whole line of evaluations.jsonl, oldest first; empty where there is none."""
+    if not record.is_file():
+        return []
+    rows = []
+    for line in record.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # a line cut short by a kill: that evaluation is simply done again
+            continue
+    return rows

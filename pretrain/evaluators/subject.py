@@ -1,0 +1,223 @@
+"""What an evaluator judges: a frozen encoder at one instant, and its features of labelled sets."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol, Self
+
+import numpy as np
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from configs.errors import DataError
+from configs.loading import Config
+from data_pipeline.load import sequential
+from data_pipeline.manifest import Manifest
+from data_pipeline.transform import device_half
+from data_pipeline.types import Batch, CenterCrop, ViewSpec
+from pretrain.evaluators.ranks import gathered_rows, rank_and_size, summed, union
+from pretrain.types import Duration, Objective, Scores
+
+Advance = Callable[[int], None]
+"""Called with the number of samples just encoded, for progress bars."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features of a labelled set, in the set's own order, whole on every rank."""
+
+    values: Tensor  # (N, D) float32, on the evaluating device
+    labels: Tensor  # (N,) int64, beside them
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    def pick(self, index: Tensor) -> Features:
+        return Features(self.values[index], self.labels[index])
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model as it is at one instant. Looking leaves its mode, gradients and all random state as they were.
+
+    Features are computed once per set however many evaluators ask.
+    """
+
+    encoder: nn.Module
+    encode: Callable[[Tensor], Tensor]  # (B, 3, H, W) normalised float32 -> (B, D)
+    view: ViewSpec  # how an image is shown to the encoder
+    device: torch.device
+    objective: Objective | None = None  # where the encoder is still in its pretext task
+    batch_size: int = 256
+    workers: int = 0
+    advance: Advance | None = None
+    _seen: dict[Path, Features] = field(default_factory=dict, repr=False, compare=False)
+
+    def features(self, manifest: Path) -> Features:
+        """Frozen features of every sample of a labelled `manifest`. Collective: all ranks call it together.
+
+        Raises `DataError` where the set has no labels.
+        """
+        if manifest not in self._seen:
+            self._seen[manifest] = self._extract(manifest)
+        return self._seen[manifest]
+
+    def _extract(self, manifest: Path) -> Features:
+        if not Manifest.load(manifest).classes:
+            raise DataError(f"{manifest}: has no class labels, which an evaluation of features needs")
+        values, labels = [], []
+        with self.looking():
+            for batch in self.batches(manifest):
+                assert batch.target is not None
+                values.append(self.encode(batch.views[0]).float())
+                labels.append(batch.target)
+        own = torch.cat(values) if values else self._no_features()
+        target = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=self.device)
+        return Features(gathered_rows(own), gathered_rows(target))
+
+    def batches(self, manifest: Path) -> Iterator[Batch]:
+        """The rank's own contiguous part of the set in its own order, normalised, on the device."""
+        rank, size = rank_and_size()
+        finish = device_half([self.view])
+        for batch in sequential(
+            manifest, self.view, batch_size=self.batch_size, rank=rank, world_size=size, workers=self.workers
+        ):
+            yield finish(batch.to(self.device))
+            if self.advance is not None:
+                self.advance(len(batch))
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Evaluation mode without gradients; afterwards everything is as before, also on an error."""
+        with undisturbed(self.objective or self.encoder, self.device), torch.no_grad():
+            yield
+
+    def _no_features(self) -> Tensor:
+        """What a rank without samples adds: (0, D)."""
+        blank = torch.zeros(1, 3, *self.view.size, device=self.device)
+        with self.looking():
+            return self.encode(blank).float()[:0]
+
+
+@contextmanager
+def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """`module` in evaluation mode; puts back every sub-module's mode and all random state of the process."""
+    modes = [(part, part.training) for part in module.modules()]
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            module.eval()
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def evaluation_view(training: ViewSpec, fraction: float = 0.875) -> ViewSpec:
+    """The centred, unflipped counterpart of a training view: same size, resampling and normalisation.
+
+    `fraction` is what the crop keeps of the shorter side (timm's crop_pct).
+    """
+    return replace(training, crop=CenterCrop(fraction), flip=0.0)
+
+
+class RawPixels(nn.Module):
+    """The features nobody had to learn: (B, 3, H, W) -> (B, 3*H*W) normalised pixels."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)
+
+
+class Evaluator(Protocol):
+    """Judges a frozen model. Collective: every rank calls it and gets the same scores."""
+
+    def __call__(self, subject: Subject) -> Scores: ...
+
+
+class EvaluatorConfig(Config, ABC):
+    """Settings of one evaluation. `kind` "knn" is `evaluators/knn.py`.
+
+    `data` is what the model is judged on: a labelled manifest, or a folder with `train/manifest.json` to
+    learn from and `val/manifest.json` to be judged on. Given one manifest and no `labelled`, a fixed fifth of
+    each class is judged and the rest learnt from, so that a run, an export and a timm model are judged alike.
+    """
+
+    kind: str
+    name: str | None = None  # under which the scores are logged; the kind where it isn't given
+    every: Duration | None = None  # how often during training; without it only at the end
+    data: Path
+    labelled: Path | None = None  # manifest whose labels the evaluator may learn from
+
+    @pydantic.field_validator("every")
+    @classmethod
+    def _same_on_every_rank(cls, every: Duration | None) -> Duration | None:
+        if every is not None and (every.unit == "min" or every.amount == 0):
+            raise ValueError('evaluations come every so many steps, samples or epochs, such as "10 epochs"')
+        return every
+
+    @property
+    def title(self) -> str:
+        return self.name or self.kind
+
+    def placed(self) -> Self:
+        """The same with absolute paths, so that it means the same from any working directory."""
+        labelled = None if self.labelled is None else self.labelled.expanduser().absolute()
+        return self.model_copy(update={"data": self.data.expanduser().absolute(), "labelled": labelled})
+
+    @abstractmethod
+    def build(self) -> Evaluator: ...
+
+    def learn_and_judge(self, subject: Subject) -> tuple[Features, Features]:
+        """Features to learn from and features to be judged on."""
+        if self.data.is_dir() and not (self.data / "manifest.json").is_file():
+            train, val = (self.data / part / "manifest.json" for part in ("train", "val"))
+            return subject.features(self.labelled or train), subject.features(val)
+        judged = subject.features(self.data)
+        if self.labelled is not None:
+            return subject.features(self.labelled), judged
+        return fixed_fifth(judged)
+
+
+def fixed_fifth(features: Features, seed: int = 0) -> tuple[Features, Features]:
+    """Cut a labelled set class by class: four fifths to learn from, a fifth (one sample at least) to judge."""
+    learn, judge = [], []
+    labels = features.labels.cpu().numpy()
+    for label in np.unique(labels):
+        members = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
+        held = max(1, len(members) // 5)
+        judge.append(members[:held])
+        learn.append(members[held:])
+    return tuple(  # type: ignore[return-value]
+        features.pick(torch.from_numpy(np.sort(np.concatenate(part))).to(features.labels.device))
+        for part in (learn, judge)
+    )
+
+
+def mean_over_set(
+    subject: Subject, manifest: Path, judge: Callable[[Batch], Mapping[str, Tensor]]
+) -> dict[str, float]:
+    """Means over a whole set of what `judge` gives as means over a batch: name -> () tensor.
+
+    Batches weigh as many samples as they hold; sums are kept in float64.
+    """
+    sums: dict[str, Tensor] = {}
+    count = torch.zeros((), dtype=torch.float64, device=subject.device)
+    with subject.looking():
+        for batch in subject.batches(manifest):
+            for name, value in judge(batch).items():
+                sums[name] = sums.get(name, torch.zeros_like(count)) + value.double() * len(batch)
+            count += len(batch)
+    samples = summed(count)
+    return {name: float(summed(sums.get(name, torch.zeros_like(count))) / samples) for name in union(sums)}
