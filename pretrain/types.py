@@ -154,10 +154,6 @@ class Objective(nn.Module, ABC):
         """Figures of the pretext task itself on held-out data, () tensors: means over the batch."""
         return {}
 
-    def measure(self, batch: Batch) -> Mapping[str, Tensor]:
-        """Name to (B,) float32: how well the task is done on images not trained on. Called without gradients."""
-        return {}
-
     def pictures(self, batch: Batch) -> Mapping[str, Tensor]:
         """Name to (3, H, W) float image in [0, 1]: what a person would look at to judge this run."""
         return {}
@@ -246,6 +242,8 @@ class Tracker(Protocol):
     """Somewhere numbers and pictures go. Only rank 0 has trackers; they see floats, never device tensors."""
 
     def log(self, row: Mapping[str, float | int]) -> None: ...
+
+    def evaluated(self, progress: Progress, scores: Scores) -> None: ...
 
     def pictures(self, step: int, images: Mapping[str, Tensor]) -> None: ...
 
