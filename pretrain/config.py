@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
+from data_pipeline.load import DataConfig
 
 from configs.errors import ConfigError
 from configs.loading import Config, chosen_by
-from data_pipeline.load import DataConfig
 from pretrain import objectives
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.encoders import EncoderConfig
@@ -77,7 +77,10 @@ class RunConfig(Config):
         return self.model_copy(update={"run": run, "data": self.data.placed()})
 
     def micro_batch(self, world_size: int) -> tuple[int, int]:
-        """(samples a rank takes at once, micro-batches a step). Raises `ConfigError` where the batch can't be cut."""
+        """(samples a rank takes at once, micro-batches a step).
+
+        Raises `ConfigError` where the batch can't be cut so.
+        """
         batch_size, wanted = self.train.batch_size, self.train.micro_batch_size
         if batch_size % world_size:
             raise ConfigError(

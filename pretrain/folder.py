@@ -1,6 +1,6 @@
 """The run folder: one per run, and the only database there is.
 
-    RUN/config.yaml  run.json  metrics.jsonl  checkpoints/  logs/  pictures/  exports/  .attempts/  .lock
+RUN/config.yaml  run.json  metrics.jsonl  checkpoints/  logs/  pictures/  exports/  .attempts/  .lock
 """
 
 from __future__ import annotations
@@ -64,11 +64,14 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder and its rooms. Raises `RunError` where that can't be."""
+        rooms = (self.checkpoints, self.logs, self.pictures, self.exports, self.root / ".attempts")
         try:
-            for room in (self.root, self.checkpoints, self.logs, self.pictures, self.exports, self.root / ".attempts"):
+            for room in rooms:
                 room.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"run.dir: {self.root} can't be made: {error.strerror}; choose another folder") from error
+            raise RunError(
+                f"run.dir: {self.root} can't be made: {error.strerror}; choose another folder"
+            ) from error
 
     def read_state(self) -> dict[str, Any]:
         """run.json, empty where there is none yet."""
@@ -99,7 +102,10 @@ class RunFolder:
 
     @contextmanager
     def lease(self, patience: float = 20.0) -> Iterator[None]:
-        """Hold the folder as its only writer; the lock dies with the process. Raises `RunError` when it is taken."""
+        """Hold the folder as its only writer; the lock dies with the process.
+
+        Raises `RunError` when it is still taken after `patience` seconds.
+        """
         with (self.root / ".lock").open("a+") as file:
             deadline = time.monotonic() + patience
             while True:
@@ -111,7 +117,8 @@ class RunFolder:
                         file.seek(0)
                         holder = file.read().strip() or "another process"
                         raise RunError(
-                            f"{self.root}: is being trained by {holder}; wait for it, stop it, or set another run.dir"
+                            f"{self.root}: is being trained by {holder}; "
+                            "wait for it, stop it, or set another run.dir"
                         ) from None
                     time.sleep(0.1)
             file.seek(0)
@@ -132,13 +139,18 @@ class Heartbeat:
     def after_step(self, report: StepReport) -> None:
         if time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
-            self.folder.update_state(heartbeat=now(), step=report.progress.step, samples=report.progress.samples)
+            progress = report.progress
+            self.folder.update_state(heartbeat=now(), step=progress.step, samples=progress.samples)
 
     def finish(self, progress: Progress, reason: StopReason) -> None:
         self.attempts[-1] |= {"ended": now(), "reason": reason}
         status = "done" if reason == "done" else "stopped"
         self.folder.update_state(
-            status=status, heartbeat=now(), step=progress.step, samples=progress.samples, attempts=self.attempts
+            status=status,
+            heartbeat=now(),
+            step=progress.step,
+            samples=progress.samples,
+            attempts=self.attempts,
         )
 
 
@@ -165,7 +177,12 @@ def provenance() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
-    return {"versions": versions, "python": platform.python_version(), "host": platform.node(), "commit": _commit()}
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "host": platform.node(),
+        "commit": _commit(),
+    }
 
 
 def _commit() -> str | None:

@@ -80,6 +80,7 @@ class SkippedUpdates:
         self.total += 1
         if self.in_a_row >= self.most_in_a_row:
             raise RunError(
-                f"loss or gradient was not finite for {self.in_a_row} batches in a row after step {progress.step} "
-                "(nothing was applied): lower optimizer.lr, lengthen optimizer.warmup or set train.precision=fp32"
+                f"loss or gradient was not finite for {self.in_a_row} batches in a row after step "
+                f"{progress.step}, and nothing was applied: lower the learning rate, lengthen "
+                "optimizer.warmup or set train.precision=fp32"
             )

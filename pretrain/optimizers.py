@@ -14,6 +14,7 @@ from configs.loading import Config
 from pretrain.schedules import ScheduleName, warmup_then
 from pretrain.types import Duration, ParamGroup, Progress, StepSettings, trainable
 
+Schedule = Callable[[Progress], StepSettings]
 MakeOptimizer = Callable[[Sequence[ParamGroup]], torch.optim.Optimizer]
 
 
@@ -52,14 +53,15 @@ class OptimizerConfig(Config):
             return f"lr = {self.lr:g}"
         return f"lr = {self.base_lr:g} x {batch_size} / 256 = {self.peak_lr(batch_size):g}"
 
-    def schedule_for(
-        self, batch_size: int, dataset_size: int, total_steps: int
-    ) -> Callable[[Progress], StepSettings]:
-        """Settings of the step that `progress` is about to make. Raises `ConfigError` where the warm-up is too long."""
+    def schedule_for(self, batch_size: int, dataset_size: int, total_steps: int) -> Schedule:
+        """Settings of the step that `progress` is about to make.
+
+        Raises `ConfigError` where the warm-up is longer than the training.
+        """
         warmup = self.warmup.steps(batch_size, dataset_size)
         if warmup > total_steps:
             raise ConfigError(
-                f"optimizer.warmup: {self.warmup} is {warmup} steps, longer than the training of {total_steps}"
+                f"optimizer.warmup: {self.warmup} is {warmup} steps, the training has only {total_steps}"
             )
         peak = self.peak_lr(batch_size)
 

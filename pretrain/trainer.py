@@ -35,7 +35,7 @@ class Trainer:
     listeners: Sequence[Listener]
 
     def fit(self, progress: Progress) -> tuple[Progress, StopReason]:
-        """Train from `progress` to the end, or until asked to stop; gives where it came to, and why it left."""
+        """Train from `progress` to the end or until asked to stop; gives how far it came and why it left."""
         reason: StopReason = "done"
         for waited, batch in self._timed(progress):
             started = time.perf_counter()

@@ -19,7 +19,9 @@ class EncoderConfig(Config):
     """A timm architecture and the arguments it is made with."""
 
     name: str  # any name of timm.list_models()
-    args: dict[str, Any] = {}  # passed to timm.create_model, recorded in the export
+    args: dict[str, Any] = pydantic.Field(
+        default_factory=dict
+    )  # passed to timm.create_model, recorded in the export
     pooling: Pooling = "token"  # how a ViT's tokens become one feature: class token, or mean of the patches
 
     @pydantic.field_validator("name")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -87,9 +88,7 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 def transformer_blocks(width: int, depth: int, heads: int, norm_eps: float = 1e-6) -> nn.Sequential:
     """A stack of timm's own pre-norm blocks, for decoders and towers."""
 
-    def norm(size: int) -> nn.LayerNorm:
-        return nn.LayerNorm(size, eps=norm_eps)
-
+    norm = partial(nn.LayerNorm, eps=norm_eps)
     return nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
 
 

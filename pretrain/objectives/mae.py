@@ -1,8 +1,8 @@
 """Masked autoencoder: hide most patches, let the encoder see the rest, rebuild the hidden ones.
 
 He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners" (arXiv:2111.06377); where the paper is
-silent, the authors' code (facebookresearch/mae) decides: initialisation, weight-decay groups, unbiased variance
-of the target.
+silent, the authors' code (facebookresearch/mae) decides: initialisation, weight-decay groups, unbiased
+variance of the target.
 
     visible = a random quarter of the patches           z = encoder(visible)
     tokens  = z at visible places, one learnt token elsewhere, + positions
@@ -19,10 +19,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import pydantic
 import torch
+from data_pipeline.randomness import uniform
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
-from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
 from pretrain import losses
 from pretrain.encoders import is_vit, vit
@@ -30,7 +30,7 @@ from pretrain.optimizers import without_decay_on_vectors
 from pretrain.precision import autocast
 from pretrain.types import BuildContext, LossOutput, Objective, ObjectiveConfig, ParamGroup, Progress
 
-MASK = 1
+MASK = 1000
 """Purpose number of the mask among all that is drawn from a sample's seed."""
 
 

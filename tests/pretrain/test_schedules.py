@@ -1,0 +1,47 @@
+"""Schedules against the formula of the papers, written out again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from configs.errors import ConfigError
+from pretrain.optimizers import OptimizerConfig
+from pretrain.schedules import warmup_then
+from pretrain.types import Duration, Progress
+
+
+def test_warmup_then_half_cosine() -> None:
+    total, warmup, peak, final = 50, 10, 0.3, 0.01
+    got = [warmup_then("cosine", k, total, warmup, peak, final) for k in range(total)]
+    k = np.arange(total)
+    cosine = final + (peak - final) / 2 * (1 + np.cos(np.pi * (k - warmup) / (total - warmup)))
+    np.testing.assert_allclose(got, np.where(k < warmup, peak * k / warmup, cosine), rtol=1e-12)
+    assert got[0] == 0 and got[warmup] == peak
+
+
+def test_without_warmup_it_starts_at_the_peak() -> None:
+    assert warmup_then("cosine", 0, 10, 0, 0.5) == 0.5
+    assert warmup_then("constant", 9, 10, 3, 0.5) == 0.5
+    assert warmup_then("cosine", 10, 10, 10, 0.5) == 0.5
+
+
+def test_linear_scaling_is_stated() -> None:
+    config = OptimizerConfig(base_lr=1.5e-4)
+    assert config.peak_lr(4096) == pytest.approx(2.4e-3)
+    assert config.stated(4096) == "lr = 0.00015 x 4096 / 256 = 0.0024"
+    assert OptimizerConfig(lr=0.1).peak_lr(4096) == 0.1
+
+
+def test_the_schedule_follows_applied_steps() -> None:
+    config = OptimizerConfig(lr=1.0, warmup=Duration(4, "steps"))
+    schedule = config.schedule_for(batch_size=8, dataset_size=80, total_steps=10)
+    settings = schedule(Progress(step=2, samples=999, total_steps=10, dataset_size=80))
+    assert settings.lr == 0.5 and settings.weight_decay == 0.05
+
+
+def test_bad_settings_are_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.warmup: 5 epochs is 50 steps"):
+        OptimizerConfig(lr=1.0, warmup=Duration(5, "epochs")).schedule_for(8, 80, 10)
+    with pytest.raises(ValueError, match="exactly one of base_lr"):
+        OptimizerConfig()
