@@ -1,0 +1,159 @@
+"""Where a run's numbers go: metrics.jsonl always, Weights & Biases, the console.
+
+`Track` is the listener: it reduces what a step reported over the ranks when a row is due, and rank 0 gives
+the row to every tracker. A row's names are listed in `ROW`; an objective's own metrics stand beside them as
+`objective/<name>`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal, TextIO
+
+import pydantic
+import torch
+from torch import Tensor
+
+from configs.loading import Config
+from pretrain.collectives import all_reduce_mean
+from pretrain.tracking.console import console_tracker
+from pretrain.tracking.jsonl import Jsonl, undo_after
+from pretrain.types import Duration, Progress, Scores, StepReport, StopReason, Tracker
+
+ROW: Mapping[str, str] = {
+    "attempt": "number of the process group that wrote the row, 1 for the first",
+    "step": "applied optimizer steps, strictly increasing within the file",
+    "samples": "samples consumed: the data position, which moves on skipped steps too",
+    "epoch": "samples over the size of the data set",
+    "loss": "this step's loss, mean over the global batch",
+    "lr": "learning rate of this step",
+    "weight_decay": "weight decay of this step",
+    "grad_norm": "global L2 norm of this step's gradient before clipping",
+    "samples_per_second": "global throughput since the row before, evaluating and saving left out",
+    "data_wait": "seconds a step waited for data: mean since the row before, and over ranks",
+    "seconds": "seconds a step took, waiting included: mean since the row before, and over ranks",
+    "time": "seconds since 1970 when the row was written",
+}
+"""The fixed names of a row of metrics.jsonl, and what each means."""
+
+
+class TrackConfig(Config):
+    """How often, and where to, besides RUN/metrics.jsonl."""
+
+    every: Duration = Duration(10, "steps")
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, else offline
+    project: str = "keel"
+    name: str | None = None  # as shown in W&B; None: the run folder's name
+    tags: tuple[str, ...] = ()
+
+    @pydantic.field_validator("every")
+    @classmethod
+    def _countable(cls, every: Duration) -> Duration:
+        if every.unit == "min" or every.amount == 0:
+            raise ValueError("rows come every so many steps, samples or epochs: say 10 steps")
+        return every
+
+
+def build(
+    config: TrackConfig,
+    root: Path,
+    *,
+    run_id: str,
+    start: Progress,
+    settings: Mapping[str, object],
+    console: TextIO | None,
+) -> list[Tracker]:
+    """The trackers of a run that goes on from `start`; for rank 0 only.
+
+    Rows that the resume has undone are moved out of RUN/metrics.jsonl first. `settings` is the whole config
+    as plain values, shown in W&B; `console` is where progress is drawn, None draws nothing.
+    """
+    highest = undo_after(root / "metrics.jsonl", start.step)
+    trackers: list[Tracker] = [Jsonl(root / "metrics.jsonl", root / "pictures")]
+    if config.wandb != "off":
+        from pretrain.tracking.wandb import Wandb
+
+        trackers.append(
+            Wandb(
+                root, mode=config.wandb, project=config.project, name=config.name or root.name,
+                tags=config.tags, run_id=run_id, settings=settings, already_sent=highest,
+            )
+        )  # fmt: skip
+    if console is not None:
+        trackers.append(console_tracker(console, start, title=root.name))
+    return trackers
+
+
+class Track:
+    """The listener of every rank; trackers are given on rank 0 only.
+
+    Device tensors are touched only when a row is due, so steps between rows don't wait for the device.
+    """
+
+    def __init__(
+        self,
+        trackers: Sequence[Tracker],
+        *,
+        every_steps: int,
+        attempt: int,
+        start: Progress,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.trackers, self.every, self.attempt = trackers, max(1, every_steps), attempt
+        self.before, self.clock = start, clock
+        self.waited = self.seconds = 0.0
+
+    def after_step(self, report: StepReport) -> None:
+        self.waited += report.data_wait
+        self.seconds += report.seconds
+        if self.due(report.progress):
+            row = self._row(report)
+            for tracker in self.trackers:
+                tracker.log(row)
+            self.before, self.waited, self.seconds = report.progress, 0.0, 0.0
+
+    def due(self, progress: Progress) -> bool:
+        """Follows from the step alone, so that ranks agree and a resumed run logs the same steps."""
+        return progress.step % self.every == 0 or progress.step == 1 or progress.done
+
+    def evaluated(self, progress: Progress, scores: Scores) -> None:
+        """An evaluator's result, heard on rank 0."""
+        for tracker in self.trackers:
+            tracker.evaluated(progress, scores)
+
+    def pictures(self, step: int, images: Mapping[str, Tensor]) -> None:
+        for tracker in self.trackers:
+            tracker.pictures(step, images)
+
+    def finish(self, progress: Progress, reason: StopReason) -> None:
+        for tracker in self.trackers:
+            tracker.finish(reason)
+
+    def _row(self, report: StepReport) -> dict[str, float | int]:
+        progress, steps = report.progress, max(1, report.progress.step - self.before.step)
+        loss = report.output.loss.detach()
+        own = {f"objective/{name}": value for name, value in report.output.metrics.items()}
+        values = {"loss": loss, **own}
+        values |= {
+            "data_wait": torch.tensor(self.waited / steps, device=loss.device),
+            "seconds": torch.tensor(self.seconds / steps, device=loss.device),
+        }
+        mean = {name: float(value) for name, value in all_reduce_mean(values).items()}
+        samples = progress.samples - self.before.samples
+        return {
+            "attempt": self.attempt,
+            "step": progress.step,
+            "samples": progress.samples,
+            "epoch": progress.epoch,
+            "loss": mean["loss"],
+            "lr": report.settings.lr,
+            "weight_decay": report.settings.weight_decay,
+            "grad_norm": float(report.update.grad_norm),
+            "samples_per_second": samples / max(mean["seconds"] * steps, 1e-9),
+            "data_wait": mean["data_wait"],
+            "seconds": mean["seconds"],
+            "time": self.clock(),
+            **{name: mean[name] for name in own},
+        }

@@ -1,0 +1,82 @@
+"""Weights & Biases: the same run through every restart, offline where there is no key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from pretrain.types import Progress, Scores
+
+
+class Wandb:
+    """Sends rows, scores and pictures. `already_sent` is the highest step an earlier attempt sent.
+
+    Promise: a resumed run computes the same numbers, so those steps aren't sent again.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        mode: Literal["auto", "online", "offline"],
+        project: str,
+        name: str,
+        tags: Sequence[str],
+        run_id: str,
+        settings: Mapping[str, object],
+        already_sent: int,
+    ) -> None:
+        import wandb  # takes seconds, so only where it is wanted
+
+        self.already_sent = already_sent
+        self.run: Any = wandb.init(
+            dir=str(root), id=run_id, resume="allow", mode=_mode(mode, wandb.api.api_key), project=project,
+            name=name, tags=list(tags), config=dict(settings),
+            settings=wandb.Settings(silent=True, console="off"),
+        )  # fmt: skip
+
+    def log(self, row: Mapping[str, float | int]) -> None:
+        step = int(row["step"])
+        if step > self.already_sent:
+            self.run.log({_name(name): value for name, value in row.items() if name != "step"}, step=step)
+
+    def evaluated(self, progress: Progress, scores: Scores) -> None:
+        if progress.step > self.already_sent:
+            values = {f"{scores.kind}/{name}": value for name, value in scores.values.items()}
+            self.run.log(values, step=progress.step)
+
+    def pictures(self, step: int, images: Mapping[str, Tensor]) -> None:
+        if step > self.already_sent:
+            import wandb
+
+            shown = {
+                f"pictures/{name}": wandb.Image(image.detach().float().cpu().permute(1, 2, 0).numpy())
+                for name, image in images.items()
+            }
+            self.run.log(shown, step=step)
+
+    def finish(self, status: str) -> None:
+        self.run.summary["reason"] = status
+        self.run.finish(quiet=True)
+
+
+Mode = Literal["online", "offline", "disabled"]
+
+
+def _mode(wanted: Literal["auto", "online", "offline"], key: str | None) -> Mode:
+    """`auto` asks nobody: a key in the environment or in ~/.netrc means online. WANDB_MODE overrules it."""
+    if wanted != "auto":
+        return wanted
+    match os.environ.get("WANDB_MODE"):
+        case "online" | "offline" | "disabled" as named:
+            return named
+    return "online" if key else "offline"
+
+
+def _name(name: str) -> str:
+    """W&B draws panels by the part before the slash."""
+    return name if "/" in name else f"train/{name}"
