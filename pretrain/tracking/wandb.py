@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import netrc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class Wandb:
 
         self.already_sent = already_sent
         self.run: Any = wandb.init(
-            dir=str(root), id=run_id, resume="allow", mode=_mode(mode, wandb.api.api_key), project=project,
+            dir=str(root), id=run_id, resume="allow", mode=_mode(mode), project=project,
             name=name, tags=list(tags), config=dict(settings),
             settings=wandb.Settings(silent=True, console="off"),
         )  # fmt: skip
@@ -61,20 +63,31 @@ class Wandb:
 
     def finish(self, status: str) -> None:
         self.run.summary["reason"] = status
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 Mode = Literal["online", "offline", "disabled"]
 
 
-def _mode(wanted: Literal["auto", "online", "offline"], key: str | None) -> Mode:
-    """`auto` asks nobody: a key in the environment or in ~/.netrc means online. WANDB_MODE overrules it."""
+def _mode(wanted: Literal["auto", "online", "offline"]) -> Mode:
+    """`auto` asks nobody: with a key it is online. WANDB_MODE overrules it."""
     if wanted != "auto":
         return wanted
     match os.environ.get("WANDB_MODE"):
         case "online" | "offline" | "disabled" as named:
             return named
-    return "online" if key else "offline"
+    return "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether a W&B key lies where `wandb login` or a cluster's environment puts it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _name(name: str) -> str:

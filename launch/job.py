@@ -1,0 +1,138 @@
+"""One rank: `python -m launch.job RUN`, with RANK, WORLD_SIZE and the rest in the environment.
+
+Exit codes: 0 done, 2 the user's input, 3 stopped early with a valid checkpoint, 1 our fault.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import io
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from configs.errors import UserError
+from launch.logs import rank_log, redirected
+
+if TYPE_CHECKING:
+    from pretrain.health import StopRequest
+    from pretrain.types import StopReason
+
+DONE, OUR_FAULT, USERS_INPUT, STOPPED = 0, 1, 2, 3
+LAUNCHER = "KEEL_LAUNCHER"
+"""Environment variable with the launcher's process id, without which a rank wouldn't want to live."""
+
+MEANING: Mapping[signal.Signals, StopReason] = {
+    signal.SIGINT: "interrupted",
+    signal.SIGHUP: "interrupted",  # the terminal is gone
+    signal.SIGTERM: "preempted",
+    signal.SIGUSR2: "preempted",
+}
+"""What a signal asks of a run. All of them end it with a checkpoint."""
+
+
+def job(root: Path) -> int:
+    """Train the prepared run in `root` as the rank that the environment names; gives the exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    with redirected(rank_log(root / "logs", rank), show=rank == 0) as console:
+        try:
+            import torch
+
+            from configs.loading import load
+            from pretrain.config import RunConfig
+            from pretrain.folder import RunFolder
+            from pretrain.health import StopRequest
+            from pretrain.run import train
+
+            folder = RunFolder(root)
+            torch.set_num_threads(load(folder.config_file, RunConfig).run.threads)
+            with stack_dumps(), listening(StopRequest()) as stop:
+                terminal = console if console is not None and console.isatty() else None
+                reason = train(folder, stop, terminal)
+            return DONE if reason == "done" else STOPPED
+        except UserError as error:
+            print(as_lines(error), file=sys.stderr)
+            return USERS_INPUT
+        except Exception:
+            traceback.print_exc()
+            return OUR_FAULT
+
+
+def as_lines(error: UserError) -> str:
+    """A user's error as it is printed, each problem on a line of its own."""
+    return "\n".join(f"error: {line}" for line in str(error).splitlines())
+
+
+@contextmanager
+def listening(stop: StopRequest) -> Iterator[StopRequest]:
+    """Meanwhile signals only set the flag of `stop`. A second Ctrl-C ends the process at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.reason == "interrupted":
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        name, again = signal.Signals(number).name, "; Ctrl-C again leaves at once"
+        os.write(2, f"{name}: saving, then leaving{again if number == signal.SIGINT else ''}\n".encode())
+        stop.ask(MEANING[signal.Signals(number)])
+
+    before = {number: signal.getsignal(number) for number in MEANING}
+    for number in MEANING:
+        if before[number] is not signal.SIG_IGN:  # nohup
+            signal.signal(number, ask)
+    # A launcher starts ranks with these blocked, so that none is lost or deadly before someone listens.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANING)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def stack_dumps() -> Iterator[None]:
+    """Meanwhile a crash, or SIGUSR1 where a run seems to hang, writes every thread's stack to the log."""
+    enabled = faulthandler.is_enabled()
+    if not enabled:
+        faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
+    try:
+        yield
+    finally:
+        faulthandler.unregister(signal.SIGUSR1)
+        if not enabled:
+            faulthandler.disable()
+
+
+def die_with(launcher: int) -> None:
+    """Have the kernel kill this process when its parent `launcher` dies, however that dies."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+    if ctypes.CDLL(None, use_errno=True).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+    if os.getppid() != launcher:  # it died before the kernel was told
+        os._exit(OUR_FAULT)
+
+
+def main() -> None:
+    if launcher := os.environ.get(LAUNCHER):
+        die_with(int(launcher))
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=True)  # the log of a killed rank ends with its last line
+    code = job(Path(sys.argv[1]))
+    if code in (DONE, STOPPED):
+        sys.exit(code)
+    # A failed rank leaves without waiting for threads or peers: its launcher sees at once who was first.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
