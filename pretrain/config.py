@@ -74,7 +74,9 @@ class RunConfig(Config):
     def placed(self) -> RunConfig:
         """The same run with absolute paths, so that it means the same from any working directory."""
         run = self.run.model_copy(update={"dir": self.run.dir.expanduser().absolute()})
-        return self.model_copy(update={"run": run, "data": self.data.placed()})
+        data = self.data.model_copy(update={"manifest": self.data.manifest.expanduser().absolute()})
+        evaluate = tuple(evaluation.placed() for evaluation in self.evaluate)
+        return self.model_copy(update={"run": run, "data": data, "evaluate": evaluate})
 
     def micro_batch(self, world_size: int) -> tuple[int, int]:
         """(samples a rank takes at once, micro-batches a step).

@@ -60,7 +60,7 @@ class Trainer:
                 break
             if progress.done:
                 break
-        for listener in self.listeners:
+        for listener in reversed(self.listeners):
             listener.finish(progress, reason)
         return progress, reason
 

@@ -1,0 +1,100 @@
+"""Means and agreements over ranks, on top of torch.distributed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+Result = TypeVar("Result")
+
+
+def ranks() -> int:
+    """How many there are; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def from_main(compute: Callable[[], Result]) -> Result:
+    """What rank 0 computes, on every rank; collective. An error of rank 0 is raised on every rank."""
+    if ranks() == 1:
+        return compute()
+    box: list[tuple[Result | None, Exception | None]] = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            box = [(compute(), None)]
+        except Exception as error:
+            box = [(None, error)]
+    dist.broadcast_object_list(box, src=0)
+    result, error = box[0]
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean over ranks of () tensors, in one communication; every rank passes the same names. Gives float32."""
+    if not values:
+        return {}
+    names = sorted(values)
+    stacked = torch.stack([values[name].detach().to(torch.float32).reshape(()) for name in names])
+    if ranks() > 1:
+        dist.all_reduce(stacked)
+        stacked /= ranks()
+    means = dict(zip(names, stacked.unbind(), strict=True))
+    return {name: means[name] for name in values}
+
+
+@torch.no_grad()
+def average_batch_norm_statistics(module: nn.Module) -> None:
+    """Replace running means and variances, which each rank collects over its own share, by their mean over ranks."""
+    if ranks() == 1:
+        return
+    statistics = [
+        statistic
+        for inner in module.modules()
+        if isinstance(inner, _BatchNorm)
+        for statistic in (inner.running_mean, inner.running_var)
+        if statistic is not None
+    ]
+    if not statistics:
+        return
+    flat = torch.cat([statistic.reshape(-1).to(torch.float32) for statistic in statistics])
+    dist.all_reduce(flat)
+    parts = (flat / ranks()).split([statistic.numel() for statistic in statistics])
+    for statistic, part in zip(statistics, parts, strict=True):
+        statistic.copy_(part.view_as(statistic))
+
+
+class Agreement:
+    """One integer a rank, their maximum a step later, so that all ranks act on it at the same step.
+
+    Reduced over gloo in the background of a step: neither the accelerator nor another rank is waited for within
+    it. Make one on every rank at the same point; `exchange` is collective and called by one thread.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if ranks() > 1 else None
+        self._value = torch.zeros(1, dtype=torch.int64)
+        self._pending: dist.Work | None = None
+
+    def exchange(self, value: int) -> int:
+        """Offer this rank's `value` (>= 0); gives the largest that any rank offered at the previous call, at first 0."""
+        agreed = self.settle()
+        self._value = torch.tensor([value], dtype=torch.int64)
+        if self._group is not None:
+            self._pending = dist.all_reduce(
+                self._value, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+            )
+        return agreed
+
+    def settle(self) -> int:
+        """Wait for what is under way, before leaving the process group; gives the largest last offer."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        return int(self._value.item())
