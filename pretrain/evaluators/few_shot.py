@@ -1,8 +1,8 @@
 """Label efficiency: a linear classifier on frozen features learnt from 1, 5 and 10 labels a class.
 
 Logistic regression on features standardised by the mean and deviation of the whole set to learn from (no
-label enters that). The regularisation is fixed beforehand, never chosen on the judged set. Draws are seeded and
-the first n of a draw are contained in its first m > n, so all encoders see the same labelled samples.
+label enters that). The regularisation is fixed beforehand, never chosen on the judged set. Draws are seeded,
+each contains the smaller ones of its number, and all encoders see the same labelled samples.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ class EvaluatorConfig(Config, ABC):
 
 
 def fixed_fifth(features: Features, seed: int = 0) -> tuple[Features, Features]:
-    """Cut a labelled set class by class: four fifths to learn from, a fifth (one sample at least) to judge."""
+    """Cut a labelled set class by class: four fifths to learn from, a fifth (at least one) to judge."""
     learn, judge = [], []
     labels = features.labels.cpu().numpy()
     for label in np.unique(labels):

@@ -1,0 +1,36 @@
+"""Run by path in a fresh process: opens an exported folder as any user of timm would.
+
+    python -P export_reopen.py FOLDER INPUTS.safetensors OUTPUTS.safetensors SHIM.py
+
+Imports nothing of keel; SHIM.py (encoders/torchvision_compat.py) is executed by its path, because beside a
+CPU build of torch the plain torchvision can't be imported without it.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+
+KEEL = ("configs", "data_pipeline", "pretrain", "launch")
+
+
+def main(folder: str, inputs: str, outputs: str, shim: str) -> None:
+    """Save {"features": (B, D), "tokens": forward_features} float32 for {"images": (B, 3, H, W)}."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    runpy.run_path(shim)
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = load_file(inputs)["images"]
+    with torch.no_grad():
+        results = {"features": model(images), "tokens": model.forward_features(images)}
+    save_file({name: value.contiguous() for name, value in results.items()}, outputs)
+    ours = sorted(name for name in sys.modules if name.split(".")[0] in KEEL)
+    if ours:
+        raise SystemExit(f"the check is void: it imported {', '.join(ours)}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
