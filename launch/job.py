@@ -43,19 +43,13 @@ def job(root: Path) -> int:
     rank = int(os.environ.get("RANK", "0"))
     with redirected(rank_log(root / "logs", rank), show=rank == 0) as console:
         try:
-            import torch
-
-            from configs.loading import load
-            from pretrain.config import RunConfig
             from pretrain.folder import RunFolder
             from pretrain.health import StopRequest
             from pretrain.run import train
 
-            folder = RunFolder(root)
-            torch.set_num_threads(load(folder.config_file, RunConfig).run.threads)
             with stack_dumps(), listening(StopRequest()) as stop:
-                terminal = console if console is not None and console.isatty() else None
-                reason = train(folder, stop, terminal)
+                # Without a terminal, progress lines go the way of all output: log first, then console.
+                reason = train(RunFolder(root), stop, console if console and console.isatty() else sys.stderr)
             return DONE if reason == "done" else STOPPED
         except UserError as error:
             print(as_lines(error), file=sys.stderr)

@@ -1,0 +1,5 @@
+"""`python -m launch` is `keel`."""
+
+from launch.cli import main
+
+main()

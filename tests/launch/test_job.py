@@ -1,0 +1,97 @@
+"""A rank's manners: signals set a flag, errors are lines, exit codes say what happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import DataError
+from launch.job import MEANING, as_lines, job, listening
+from pretrain import run
+from pretrain.health import StopRequest
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable[..., Any]], int]:
+    """Call `job` with `train` replaced by a function of the stop request."""
+
+    def call(body: Callable[[StopRequest], Any]) -> int:
+        monkeypatch.setattr(run, "train", lambda folder, stop, console: body(stop))
+        return job(tmp_path)
+
+    return call
+
+
+@pytest.mark.parametrize("number", MEANING)
+def test_signals_set_the_flag(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    with listening(StopRequest()) as stop:
+        os.kill(os.getpid(), number)
+        assert stop.reason == MEANING[number]
+    assert signal.getsignal(number) is before
+
+
+def test_a_hang_up_stays_ignored_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listening(StopRequest()) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.reason is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_ctrl_c_kills() -> None:
+    code = (
+        "import os, signal; from launch.job import listening; from pretrain.health import StopRequest\n"
+        "with listening(StopRequest()) as stop:\n"
+        "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGINT
+
+
+def test_exit_codes(train: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def bad_data(stop: StopRequest) -> str:
+        raise DataError("shard-3.tar: is cut short\nshard-4.tar: too")
+
+    def our_fault(stop: StopRequest) -> str:
+        raise RuntimeError("we did this")
+
+    assert train(lambda stop: "done") == 0
+    assert train(lambda stop: "interrupted") == 3
+    assert capfd.readouterr().err == ""
+    assert train(bad_data) == 2
+    assert capfd.readouterr().err == "error: shard-3.tar: is cut short\nerror: shard-4.tar: too\n"
+    assert train(our_fault) == 1
+    shown = capfd.readouterr().err
+    assert shown.startswith("Traceback")
+    assert shown.endswith("RuntimeError: we did this\n")
+    assert "we did this" in (tmp_path / "logs" / "rank-00000.log").read_text()
+
+
+def test_a_signal_while_training_reaches_the_loop(train: Callable[..., int]) -> None:
+    def interrupted(stop: StopRequest) -> str | None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return stop.reason
+
+    assert train(interrupted) == 3
+
+
+def test_a_hanging_run_can_be_asked_where(train: Callable[..., int], tmp_path: Path) -> None:
+    def hanging(stop: StopRequest) -> str:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return "done"
+
+    assert train(hanging) == 0
+    assert "in hanging" in (tmp_path / "logs" / "rank-00000.log").read_text()
+
+
+def test_every_line_of_an_error_is_marked() -> None:
+    assert as_lines(DataError("a\nb")) == "error: a\nerror: b"
