@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-
 Result = TypeVar("Result")
 
 
@@ -30,14 +29,14 @@ def from_main(compute: Callable[[], Result]) -> Result:
         except Exception as error:
             box = [(None, error)]
     dist.broadcast_object_list(box, src=0)
-    result, error = box[0]
-    if error is not None:
-        raise error
+    result, failure = box[0]
+    if failure is not None:
+        raise failure
     return result  # type: ignore[return-value]
 
 
 def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Mean over ranks of () tensors, in one communication; every rank passes the same names. Gives float32."""
+    """Mean over ranks of () tensors as float32, in one communication; every rank passes the same names."""
     if not values:
         return {}
     names = sorted(values)
@@ -51,7 +50,7 @@ def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def average_batch_norm_statistics(module: nn.Module) -> None:
-    """Replace running means and variances, which each rank collects over its own share, by their mean over ranks."""
+    """Replace running means and variances, collected by each rank over its share, by their mean over ranks."""
     if ranks() == 1:
         return
     statistics = [
@@ -65,7 +64,7 @@ def average_batch_norm_statistics(module: nn.Module) -> None:
         return
     flat = torch.cat([statistic.reshape(-1).to(torch.float32) for statistic in statistics])
     dist.all_reduce(flat)
-    parts = (flat / ranks()).split([statistic.numel() for statistic in statistics])
+    parts = torch.split(flat / ranks(), [statistic.numel() for statistic in statistics])
     for statistic, part in zip(statistics, parts, strict=True):
         statistic.copy_(part.view_as(statistic))
 
@@ -73,8 +72,8 @@ def average_batch_norm_statistics(module: nn.Module) -> None:
 class Agreement:
     """One integer a rank, their maximum a step later, so that all ranks act on it at the same step.
 
-    Reduced over gloo in the background of a step: neither the accelerator nor another rank is waited for within
-    it. Make one on every rank at the same point; `exchange` is collective and called by one thread.
+    Reduced over gloo in the background of a step: neither the accelerator nor another rank is waited for
+    within it. Make one on every rank at the same point; `exchange` is collective and called by one thread.
     """
 
     def __init__(self) -> None:
@@ -83,7 +82,7 @@ class Agreement:
         self._pending: dist.Work | None = None
 
     def exchange(self, value: int) -> int:
-        """Offer this rank's `value` (>= 0); gives the largest that any rank offered at the previous call, at first 0."""
+        """Offer this rank's `value` (>= 0); gives the largest that was offered the call before, at first 0."""
         agreed = self.settle()
         self._value = torch.tensor([value], dtype=torch.int64)
         if self._group is not None:

@@ -1,0 +1,231 @@
+"""The state of a run as an engine holds it, to and from a checkpoint folder.
+
+One list, in one place: masters of all parameters, frozen parameters, persistent buffers, optimizer moments
+and step counts, loss scale, each rank's random states, and the caller's `extra` (data position, hashes, ids).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.errors import RunError
+from pretrain.engines import fragments, storage
+from pretrain.engines.storage import Fragment
+
+CUT_FROM = 2**16
+"""Elements from which a tensor that every rank holds is written in equal parts by all of them."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A rank's part of the state in host memory, ready to be written while training goes on."""
+
+    fragments: Sequence[Fragment]
+    shapes: Mapping[str, Sequence[int]]
+    state: Mapping[str, Any]
+    group: dist.ProcessGroup = field(repr=False)  # over gloo, for this alone: usable from another thread
+
+    def write(self, directory: Path) -> None:
+        """Write all ranks' parts and then the index; collective over `group`.
+
+        Raises `RunError` on every rank where one of them couldn't write.
+        """
+        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        own: storage.WrittenFile | str
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            own = storage.write_fragments(directory, rank, self.fragments)
+        except OSError as error:
+            own = f"rank {rank}: {error}"
+        told: list[Any] = [None] * ranks
+        dist.all_gather_object(told, own, group=self.group)
+        problems = [each for each in told if isinstance(each, str)]
+        if rank == 0 and not problems:
+            try:
+                storage.write_index(directory, told, self.shapes, self.state)
+            except OSError as error:
+                problems = [f"rank 0: {error}"]
+        outcome = [problems]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if outcome[0]:
+            raise RunError(f"{directory}: the checkpoint can't be written: {'; '.join(outcome[0])}")
+
+
+def stage(
+    engine: Any,
+    shards: Sequence[fragments.Shard],
+    group: dist.ProcessGroup,
+    engine_state: Mapping[str, Any],
+    extra: Mapping[str, Any],
+) -> Staged:
+    """Copy this rank's part to host memory. `engine_state`, `extra`: JSON values, rank 0's are kept."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    base = fragments.base_optimizer(engine)
+    whole = engine.zero_optimization_stage() == 0
+    owned = list(_masters(shards)) + list(_moments(shards, base))
+    if whole:  # every rank holds everything
+        owned = [part for f in owned if (part := _share(f, rank, ranks))]
+    for number, replica in enumerate(fragments.replicas(engine)):
+        data = fragments.read_slice(replica.data, 0, replica.data.numel())
+        if replica.sharded or number % ranks == rank:
+            owned.append(Fragment(f"model/{replica.name}", data, replica.start, replica.total))
+    owned += _random_states(rank)
+
+    shapes = fragments.shapes(engine.module)
+    named = {f"model/{name}": shape for name, shape in shapes.items()}
+    keys = _moment_keys(shards, base)
+    named |= {f"optimizer/{key}/{name}": shape for key in keys for name, shape in shapes.items()}
+    state = {
+        **engine_state,
+        "ranks": ranks,
+        "scalars": _scalars(shards, base),
+        "moments": keys,
+        "extra": dict(extra),
+    }
+    staged = [Fragment(f.tensor, f.data.to("cpu", copy=True), f.start, f.total) for f in owned]
+    return Staged(staged, named, state, group)
+
+
+def load(
+    engine: Any, shards: Sequence[fragments.Shard], group: dist.ProcessGroup, directory: Path
+) -> dict[str, Any]:
+    """Restore this rank's part from a folder written at any number of ranks and ZeRO stage; collective."""
+    reader = storage.Reader(directory)
+    _require_same_model(reader, fragments.shapes(engine.module))
+    for shard in shards:
+        for piece in shard.pieces:
+            values = reader.read(f"model/{piece.name}", piece.start, piece.length)
+            fragments.write_slice(shard.master, piece.offset, values)
+    for replica in fragments.replicas(engine):
+        values = reader.read(f"model/{replica.name}", replica.start, replica.data.numel())
+        fragments.write_slice(replica.data, 0, values)
+    _load_moments(reader, shards, fragments.base_optimizer(engine))
+    if reader.state["ranks"] == dist.get_world_size(group):
+        _restore_random_states(reader, dist.get_rank(group))
+    fragments.refresh(engine)
+    return reader.state
+
+
+def _masters(shards: Sequence[fragments.Shard]) -> Iterator[Fragment]:
+    for shard in shards:
+        for piece in shard.pieces:
+            data = fragments.read_slice(shard.master, piece.offset, piece.length)
+            yield Fragment(f"model/{piece.name}", data, piece.start, piece.total)
+
+
+def _moments(shards: Sequence[fragments.Shard], base: torch.optim.Optimizer) -> Iterator[Fragment]:
+    for shard in shards:
+        for key, value in base.state.get(shard.key, {}).items():
+            if not _is_moment(value):
+                continue
+            if value.numel() != shard.master.numel():
+                raise NotImplementedError(f"optimizer state {key} isn't one value an element: can't be cut")
+            for piece in shard.pieces:
+                data = fragments.read_slice(value, piece.offset, piece.length)
+                yield Fragment(f"optimizer/{key}/{piece.name}", data, piece.start, piece.total)
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _moment_keys(shards: Sequence[fragments.Shard], base: torch.optim.Optimizer) -> list[str]:
+    entries = (base.state.get(shard.key, {}) for shard in shards)
+    return sorted({key for entry in entries for key, value in entry.items() if _is_moment(value)})
+
+
+def _scalars(shards: Sequence[fragments.Shard], base: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Step counts and the like by parameter; absent for parameters that never had a gradient."""
+    found = {}
+    for shard in shards:
+        entry = base.state.get(shard.key, {})
+        values = {key: _plain(value) for key, value in entry.items() if not _is_moment(value)}
+        if entry:
+            found.update(dict.fromkeys(shard.names, values))
+    return found
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return {"tensor": value.item()} if isinstance(value, Tensor) else {"value": value}
+
+
+def _load_moments(
+    reader: storage.Reader, shards: Sequence[fragments.Shard], base: torch.optim.Optimizer
+) -> None:
+    scalars, keys = reader.state["scalars"], reader.state["moments"]
+    known = set(reader.tensors)
+    on_device = bool(base.defaults.get("fused") or base.defaults.get("capturable"))
+    for shard in shards:
+        base.state.pop(shard.key, None)
+        saved = next((scalars[name] for name in shard.names if name in scalars), None)
+        if saved is None:
+            continue
+        entry = base.state[shard.key]
+        for key, value in saved.items():
+            device = shard.key.device if on_device else torch.device("cpu")
+            entry[key] = (
+                torch.tensor(value["tensor"], dtype=torch.float32, device=device)
+                if "tensor" in value
+                else value["value"]
+            )
+        for key in keys:
+            entry[key] = torch.zeros_like(shard.key)
+            for piece in shard.pieces:
+                if (tensor := f"optimizer/{key}/{piece.name}") in known:
+                    values = reader.read(tensor, piece.start, piece.length)
+                    fragments.write_slice(entry[key], piece.offset, values)
+
+
+def _share(fragment: Fragment, rank: int, ranks: int) -> Fragment | None:
+    """This rank's part of what every rank holds: an equal cut of a large tensor, a small one whole or not."""
+    if fragment.total < CUT_FROM:
+        return fragment if sum(fragment.tensor.encode()) % ranks == rank else None
+    start, end = fragment.total * rank // ranks, fragment.total * (rank + 1) // ranks
+    return Fragment(fragment.tensor, fragment.data[start:end], start, fragment.total)
+
+
+def _random_states(rank: int) -> Iterator[Fragment]:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    plain = json.dumps(
+        {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached]}
+    )
+    states = {
+        "plain": torch.frombuffer(bytearray(plain.encode()), dtype=torch.uint8),
+        "cpu": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    for key, value in states.items():
+        yield Fragment(f"rank/{rank}/{key}", value, 0, len(value))
+
+
+def _restore_random_states(reader: storage.Reader, rank: int) -> None:
+    plain = json.loads(bytes(reader.read(f"rank/{rank}/plain").tolist()))
+    version, internal, gauss = plain["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(plain["numpy"]))
+    torch.set_rng_state(reader.read(f"rank/{rank}/cpu"))
+    if torch.cuda.is_available() and f"rank/{rank}/cuda" in reader.tensors:
+        torch.cuda.set_rng_state(reader.read(f"rank/{rank}/cuda"))
+
+
+def _require_same_model(reader: storage.Reader, shapes: Mapping[str, Sequence[int]]) -> None:
+    held = {
+        name.removeprefix("model/"): reader.shape(name) for name in reader.tensors if name[:6] == "model/"
+    }
+    for name in sorted(held.keys() | shapes.keys()):
+        if held.get(name) != shapes.get(name):
+            raise RunError(
+                f"{reader.directory}: holds another model: {name} has shape {held.get(name)} there, "
+                f"{shapes.get(name)} here; resume with the objective and encoder it was saved with"
+            )

@@ -1,0 +1,36 @@
+"""Set-up shared by all tests: the CPU, one thread, torchvision's shim, and forked ranks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", WANDB_MODE="offline")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that tests can import tests.forkserver
+
+import pytest
+import torch
+
+from pretrain.encoders.torchvision_compat import ensure_torchvision
+from tests.forkserver import ForkServer
+
+torch.set_num_threads(1)
+ensure_torchvision()
+
+Ranks = Callable[..., list[Any]]
+
+
+@pytest.fixture(scope="session")
+def _fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def ranks(_fork_server: ForkServer) -> Ranks:
+    """`ranks(n, function, **arguments)`: results of `function` on n forked ranks; see `ForkServer.run`."""
+    return _fork_server.run
