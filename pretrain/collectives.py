@@ -50,7 +50,7 @@ def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def average_batch_norm_statistics(module: nn.Module) -> None:
-    """Replace running means and variances, collected by each rank over its share, by their mean over ranks."""
+    """Replace running means and variances, which differ between ranks, by their mean over ranks."""
     if ranks() == 1:
         return
     statistics = [
@@ -82,7 +82,7 @@ class Agreement:
         self._pending: dist.Work | None = None
 
     def exchange(self, value: int) -> int:
-        """Offer this rank's `value` (>= 0); gives the largest that was offered the call before, at first 0."""
+        """Offer this rank's `value` (>= 0); gives the largest offered the call before, at first 0."""
         agreed = self.settle()
         self._value = torch.tensor([value], dtype=torch.int64)
         if self._group is not None:

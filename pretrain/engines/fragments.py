@@ -2,8 +2,8 @@
 
 The only place that reads DeepSpeed's private names (`_hp_mapping`, `bit16_groups`, `ds_tensor`,
 `fp32_partitioned_groups_flat` and a few more); tests/pretrain/engines/test_fragments.py holds them against
-the installed version. A slice is addressed by (parameter name, offset in the flattened parameter), which depends
-neither on the number of ranks nor on the ZeRO stage nor on the layout of flat groups.
+the installed version. A slice is addressed by (parameter name, offset in the flattened parameter), which
+depends neither on the number of ranks nor on the ZeRO stage nor on the layout of flat groups.
 """
 
 from __future__ import annotations

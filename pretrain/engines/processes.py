@@ -93,7 +93,7 @@ class MemoryEstimate:
 
 
 def memory_estimate(build: Callable[[], nn.Module], zero_stage: int, world_size: int) -> MemoryEstimate:
-    """What training the module of `build` with AdamW takes, counted on the meta device: nothing is allocated.
+    """What training `build()` with AdamW takes, counted on the meta device: nothing is allocated.
 
     fp32 everywhere, as keel trains. Stages after Rajbhandari et al. 2020, arXiv:1910.02054 §5, with
     DeepSpeed's own addition: stages 1 to 3 hold an fp32 master copy of the rank's share beside the parameters.

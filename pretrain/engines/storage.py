@@ -4,7 +4,7 @@
     checkpoint.json          where every fragment lies, whole shapes, sizes and checksums of files, JSON state
 
 Tensor names: "model/<name>" for parameters (the fp32 master) and buffers, "optimizer/<key>/<name>" for
-moments, "rank/<rank>/<key>" for what one rank has to itself. Nothing is pickled: nothing in a checkpoint can execute.
+moments, "rank/<rank>/<key>" for what one rank has to itself. Nothing is pickled: nothing in it can execute.
 """
 
 from __future__ import annotations
