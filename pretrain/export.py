@@ -30,6 +30,7 @@ from configs.errors import RunError
 from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import encoders
 from pretrain.encoders import EncoderConfig, torchvision_compat
+from pretrain.trained import read
 
 TOLERANCE = 1e-5
 """Largest absolute difference of a float32 feature between the trained encoder and the reopened one."""
@@ -63,11 +64,24 @@ class ExportMismatchError(RuntimeError):
     """The reopened folder doesn't compute what the trained encoder does."""
 
 
+def export(
+    run: Path, to: Path, *, step: int | None = None, force: bool = False, licence: str = "other"
+) -> ExportResult:
+    """Export the encoder of a run's newest checkpoint, or of the one at `step`; see `write`.
+
+    Straight from the checkpoint, whatever ranks and ZeRO stage wrote it: needs no process group and no GPU.
+    """
+    _refuse_taken(to, force)
+    trained = read(run, step)
+    backbone = Backbone(trained.encoder, trained.config.encoder, trained.view, trained.facts(), licence)
+    return write(backbone, to, force=force)
+
+
 def write(backbone: Backbone, to: Path, *, force: bool = False) -> ExportResult:
     """Write, verify in a fresh process, and only then give the folder its name.
 
     Raises `RunError` where `to` is taken (with `force` an older export is replaced), `ExportMismatchError`
-    where the reopened model differs by `TOLERANCE` or more. On any failure what was there before is untouched.
+    where the reopened model differs by `TOLERANCE` or more. On any failure what was there stays untouched.
     """
     _refuse_taken(to, force)
     with _beside(to) as partial:

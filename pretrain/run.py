@@ -279,7 +279,7 @@ def _listeners(
     listeners: list[Listener] = [Heartbeat(folder, attempt)] if here.main else []
     listeners.append(track)
     if config.evaluate:
-        view = evaluation_view(plan.views[0])
+        view = evaluation_view(plan.views[0], config.encoder.crop)
         look = partial(trained_subject, engine, view=view, pooling=config.encoder.pooling)
         record = folder.root / "evaluations.jsonl"
         listeners.append(

@@ -23,6 +23,7 @@ class EncoderConfig(Config):
         default_factory=dict
     )  # passed to timm.create_model, recorded in the export
     pooling: Pooling = "token"  # how a ViT's tokens become one feature: class token, or mean of the patches
+    crop: float = pydantic.Field(0.875, gt=0, le=1)  # kept of the shorter side when evaluated, exported
 
     @pydantic.field_validator("name")
     @classmethod

@@ -87,7 +87,6 @@ def take(tokens: Tensor, index: Tensor) -> Tensor:
 
 def transformer_blocks(width: int, depth: int, heads: int, norm_eps: float = 1e-6) -> nn.Sequential:
     """A stack of timm's own pre-norm blocks, for decoders and towers."""
-
     norm = partial(nn.LayerNorm, eps=norm_eps)
     return nn.Sequential(*(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
 
