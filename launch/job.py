@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import faulthandler
-import io
 import os
 import signal
 import sys
@@ -116,15 +115,10 @@ def die_with(launcher: int) -> None:
 def main() -> None:
     if launcher := os.environ.get(LAUNCHER):
         die_with(int(launcher))
-    for stream in (sys.stdout, sys.stderr):
-        assert isinstance(stream, io.TextIOWrapper)
-        stream.reconfigure(line_buffering=True)  # the log of a killed rank ends with its last line
     code = job(Path(sys.argv[1]))
     if code in (DONE, STOPPED):
         sys.exit(code)
     # A failed rank leaves without waiting for threads or peers: its launcher sees at once who was first.
-    sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(code)
 
 

@@ -41,10 +41,9 @@ def redirected(log: Path, *, show: bool) -> Iterator[TextIO | None]:
     for number in (1, 2):
         os.dup2(target, number)
     try:
-        yield stream
+        with _python_streams():
+            yield stream
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
         for number, original in kept.items():
             os.dup2(original, number)
         if follower and stream:
@@ -52,6 +51,20 @@ def redirected(log: Path, *, show: bool) -> Iterator[TextIO | None]:
             stream.detach()  # else its end would close the console under whoever still holds it
         for number in (target, *kept.values()):
             os.close(number)
+
+
+@contextmanager
+def _python_streams() -> Iterator[None]:
+    """Standard output and error of Python on descriptors 1 and 2, line by line."""
+    before = sys.stdout, sys.stderr
+    with (
+        open(1, "w", buffering=1, closefd=False) as sys.stdout,
+        open(2, "w", buffering=1, closefd=False) as sys.stderr,
+    ):
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
 
 
 def _headline() -> bytes:

@@ -23,7 +23,7 @@ class Jsonl:
 
     def __init__(self, path: Path, picture_folder: Path) -> None:
         self.picture_folder = picture_folder
-        # O_APPEND with one write a row: a reader or a kill sees whole rows, and readers may follow the file.
+        # O_APPEND with one write a row: a kill leaves whole rows, and other processes may follow the file.
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def log(self, row: Mapping[str, float | int]) -> None:

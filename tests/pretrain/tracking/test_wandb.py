@@ -1,0 +1,95 @@
+"""W&B without a network: one run through every restart, no step sent twice, offline where there is no key."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pretrain.tracking.wandb import Wandb, _mode, has_key
+from pretrain.types import Progress, Scores
+
+
+@pytest.fixture(autouse=True)
+def _no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+
+
+def attempt(root: Path, already_sent: int, steps: range) -> None:
+    tracker = Wandb(
+        root, mode="auto", project="keel", name="mine", tags=["a"], run_id="abcd1234",
+        settings={"train": {"batch_size": 8}}, already_sent=already_sent,
+    )  # fmt: skip
+    for step in steps:
+        tracker.log({"step": step, "loss": 1 / step, "objective/accuracy": step})
+    last = Progress(step=steps[-1], samples=0, total_steps=9, dataset_size=1)
+    tracker.evaluated(last, Scores("knn", {"top1": 61.0}))
+    tracker.pictures(steps[-1], {"rebuilt": torch.rand(3, 8, 8)})
+    tracker.finish("preempted")
+
+
+def records(file: Path) -> Iterator[Any]:
+    """What would be sent, from the offline file: 7 bytes of heading, then records in LevelDB's log format.
+
+    Blocks of 32 KiB hold pieces of 4 bytes checksum, 2 length, 1 kind (1 whole, 2 first, 3 middle, 4 last).
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    data, at, whole = file.read_bytes(), 7, b""
+    while at < len(data):
+        left_in_block = 32768 - at % 32768
+        if left_in_block < 7:
+            at += left_in_block
+            continue
+        length, kind = struct.unpack_from("<HB", data, at + 4)
+        whole += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield record
+            whole = b""
+
+
+def history(file: Path) -> list[dict[str, Any]]:
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records(file)
+        if record.HasField("history")
+    ]
+
+
+def test_a_restart_goes_on_in_the_same_run_and_repeats_nothing(tmp_path: Path) -> None:
+    attempt(tmp_path, 0, range(1, 6))
+    [first] = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    attempt(tmp_path, 5, range(4, 8))
+    [second] = set(tmp_path.glob("wandb/offline-run-*/*.wandb")) - {first}
+    assert first.name == second.name == "run-abcd1234.wandb"
+    rows = history(first), history(second)
+    assert [[row["_step"] for row in of] for of in rows] == [[1, 2, 3, 4, 5], [6, 7]]
+    assert rows[0][0]["train/loss"] == 1.0
+    assert rows[0][0]["objective/accuracy"] == 1
+    assert rows[1][1]["knn/top1"] == 61.0
+    assert rows[1][1]["pictures/rebuilt/_type"] == "image-file"
+
+
+def test_without_a_key_it_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert not has_key()
+    assert _mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert _mode("auto") == "online"
+    assert _mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert _mode("auto") == "disabled"
+
+
+def test_a_key_in_netrc_counts(tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "0" * 40 + "\n")
+    assert has_key()
