@@ -1,0 +1,212 @@
+"""Where every member of a shard lies: one strict pass over a tar, kept as a compact binary sidecar.
+
+A plain tar reader stops without a word at a damaged header; this one accounts for every byte of the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import struct
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.errors import DataError
+
+SUFFIX = ".idx"
+_MAGIC = b"keelidx1"
+_HEADER = struct.Struct("<8sQQIII")  # magic, shard bytes, samples, fields, bytes of names, bytes of keys
+_BLOCK = tarfile.BLOCKSIZE
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Index:
+    """The members of one shard, by sample and field. A field that a sample lacks has offset -1."""
+
+    shard_bytes: int  # size of the shard file
+    fields: tuple[str, ...]
+    offsets: npt.NDArray[np.int64]  # (samples, fields): first byte in the shard
+    sizes: npt.NDArray[np.int64]  # (samples, fields)
+    checksums: npt.NDArray[np.uint32]  # (samples, fields): CRC-32 of the payload
+    key_ends: npt.NDArray[np.uint32]  # (samples,): end of each key in `key_text`
+    key_text: bytes  # UTF-8 keys, one after another
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def key(self, sample: int) -> str:
+        start = int(self.key_ends[sample - 1]) if sample else 0
+        return self.key_text[start : int(self.key_ends[sample])].decode()
+
+    def keys(self) -> list[str]:
+        return [self.key(sample) for sample in range(len(self))]
+
+    def column(self, names: Sequence[str]) -> int | None:
+        """The first of the fields `names` that this shard has."""
+        return next((self.fields.index(name) for name in names if name in self.fields), None)
+
+    def to_bytes(self) -> bytes:
+        names = json.dumps(self.fields).encode()
+        head = _HEADER.pack(
+            _MAGIC, self.shard_bytes, len(self), len(self.fields), len(names), len(self.key_text)
+        )
+        arrays = (
+            self.offsets.astype("<i8"), self.sizes.astype("<i8"),
+            self.checksums.astype("<u4"), self.key_ends.astype("<u4"),
+        )  # fmt: skip
+        body = b"".join([head, names, self.key_text, *(array.tobytes() for array in arrays)])
+        return body + struct.pack("<I", zlib.crc32(body))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> Index:
+        """Read a sidecar; raises `DataError` naming `source` unless every byte is as written."""
+        if len(data) < _HEADER.size + 4 or data[: len(_MAGIC)] != _MAGIC:
+            raise DataError(f"{source}: not a shard index of this version; make it anew with keel data index")
+        if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+            raise DataError(f"{source}: damaged shard index (checksum); make it anew with keel data index")
+        _, size, samples, fields, names_length, keys_length = _HEADER.unpack_from(data)
+        cells = samples * fields
+        if len(data) != _HEADER.size + names_length + keys_length + 20 * cells + 4 * samples + 4:
+            raise DataError(f"{source}: damaged shard index (length); make it anew with keel data index")
+        at = _HEADER.size
+        names = tuple(json.loads(data[at : at + names_length]))
+        at += names_length
+        keys = data[at : at + keys_length]
+        at += keys_length
+        offsets = np.frombuffer(data, "<i8", cells, at).reshape(samples, fields)
+        sizes = np.frombuffer(data, "<i8", cells, at + 8 * cells).reshape(samples, fields)
+        checksums = np.frombuffer(data, "<u4", cells, at + 16 * cells).reshape(samples, fields)
+        ends = np.frombuffer(data, "<u4", samples, at + 20 * cells)
+        return cls(size, names, offsets, sizes, checksums, ends, keys)
+
+
+@dataclass(frozen=True)
+class _Member:
+    key: str
+    field: str
+    offset: int
+    size: int
+
+
+def index_shard(path: Path) -> tuple[Index, str]:
+    """The index of a tar shard and the SHA-256 of the whole file, in hex.
+
+    Raises `DataError` for a file that is missing, not a plain tar, cut short, damaged, or without samples.
+    """
+    try:
+        with path.open("rb") as file:
+            members = _members(file, path)
+            if not members:
+                raise DataError(
+                    f"{path}: empty shard: no member is named KEY.FIELD; remove it or pack it again"
+                )
+            index = _index(file, members)
+            return index, _digest(file)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such shard") from None
+    except OSError as error:
+        raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Key and field of a member name, split like webdataset at the first dot of the last path part."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, field = last.partition(".")
+    if not dot or not stem or not field:
+        return None
+    return folder + slash + stem, field.lower()
+
+
+def _members(file: BinaryIO, path: Path) -> list[_Member]:
+    members: list[_Member] = []
+    size = os.fstat(file.fileno()).st_size
+    if size == 0:
+        raise DataError(f"{path}: empty file where a tar shard should be")
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                # tarfile keeps every header it has seen
+                tar.members.clear()  # type: ignore[attr-defined]
+                named = split_name(member.name) if member.isreg() and not member.issparse() else None
+                if member.offset_data + member.size > size:
+                    raise DataError(_cut(path, size, f"member {member.name!r} goes beyond the end"))
+                if named is not None:
+                    members.append(_Member(*named, member.offset_data, member.size))
+            end = tar.offset
+    except tarfile.TarError as error:
+        if size % _BLOCK or "unexpected end" in str(error):
+            raise DataError(_cut(path, size, str(error))) from None
+        raise DataError(
+            f"{path}: not a plain tar file ({error}); compressed tars have to be unpacked"
+        ) from None
+    except (ValueError, UnicodeError, OverflowError) as error:
+        raise DataError(f"{path}: damaged tar header ({error})") from None
+    _check_end(file, path, end, size)
+    return members
+
+
+def _check_end(file: BinaryIO, path: Path, end: int, size: int) -> None:
+    """A whole tar ends in at least two zero blocks; anything else where headers stop is damage."""
+    file.seek(end)
+    tail = file.read(_BLOCK)
+    if len(tail) < _BLOCK or size - end < 2 * _BLOCK:
+        raise DataError(_cut(path, size, "the end mark is missing"))
+    while tail:
+        if tail.count(0) != len(tail):
+            raise DataError(f"{path}: damaged tar header at byte {end}; fetch or pack the shard again")
+        tail = file.read(_CHUNK)
+
+
+def _cut(path: Path, size: int, why: str) -> str:
+    return f"{path}: truncated shard: {why} ({size} bytes there); fetch or pack it again"
+
+
+def _index(file: BinaryIO, members: list[_Member]) -> Index:
+    fields = tuple(sorted({member.field for member in members}))
+    column = {field: number for number, field in enumerate(fields)}
+    keys: list[str] = []
+    rows: list[tuple[int, int, int, int, int]] = []
+    seen: set[str] = set()
+    for member in members:
+        # webdataset starts a new sample when the key changes, or a field comes again
+        if not keys or member.key != keys[-1] or member.field in seen:
+            keys.append(member.key)
+            seen = set()
+        seen.add(member.field)
+        crc = _payload_crc(file, member)
+        rows.append((len(keys) - 1, column[member.field], member.offset, member.size, crc))
+    sample, field, offset, size, crc_column = np.array(rows, np.int64).T
+    shape = (len(keys), len(fields))
+    offsets, sizes = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
+    checksums = np.zeros(shape, np.uint32)
+    offsets[sample, field], sizes[sample, field] = offset, size
+    checksums[sample, field] = crc_column.astype(np.uint32)
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    ends = np.cumsum([len(key) for key in encoded]).astype(np.uint32)
+    total = os.fstat(file.fileno()).st_size
+    return Index(total, fields, offsets, sizes, checksums, ends, b"".join(encoded))
+
+
+def _payload_crc(file: BinaryIO, member: _Member) -> int:
+    crc, at, left = 0, member.offset, member.size
+    while left:
+        piece = os.pread(file.fileno(), min(left, _CHUNK), at)
+        if not piece:
+            raise DataError(f"{file.name}: truncated shard: it shrank while it was read")
+        crc, at, left = zlib.crc32(piece, crc), at + len(piece), left - len(piece)
+    return crc
+
+
+def _digest(file: BinaryIO) -> str:
+    file.seek(0, io.SEEK_SET)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]

@@ -1,0 +1,206 @@
+"""The list of a data set's shards: a small JSON file whose content hash is the data's identity.
+
+DIR/manifest.json        shards in order, fields, class names, hash
+DIR/index/*.idx          one binary sidecar a shard (see `index`)
+DIR/shard-000000.tar     the shards, or anywhere a relative path, absolute path or URL leads
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from configs.errors import DataError
+from data_pipeline.files import write_whole
+from data_pipeline.hashing import Int64s
+from data_pipeline.index import SUFFIX, Index
+
+NAME = "manifest.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tar. `name` is its path relative to the manifest, an absolute path, or a URL."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+
+    @property
+    def remote(self) -> bool:
+        return "://" in self.name
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set: its shards in order. Equal content has an equal `hash`, wherever it was made."""
+
+    directory: Path
+    shards: tuple[Shard, ...]
+    fields: tuple[str, ...]  # every field that any sample has, sorted
+    classes: tuple[str, ...] = ()  # name of each label, empty for unlabelled data
+    about: Mapping[str, Any] = field(default_factory=dict)  # how it was made; not part of the hash
+
+    @classmethod
+    def load(cls, path: str | Path) -> Manifest:
+        """Read a manifest.json, or the one in a folder. Raises `DataError` with what to do."""
+        file = Path(path)
+        if file.is_dir():
+            file = file / NAME
+        try:
+            content = json.loads(file.read_bytes())
+        except FileNotFoundError:
+            raise DataError(
+                f"{file}: no such manifest; make one with keel data pack, demo or index"
+            ) from None
+        except OSError as error:
+            raise DataError(f"{file}: can't be read: {error.strerror or error}") from error
+        except (ValueError, RecursionError):
+            raise DataError(
+                f"{file}: not a manifest: it isn't JSON; make it anew with keel data index"
+            ) from None
+        return cls._from_content(content, file)
+
+    @classmethod
+    def _from_content(cls, content: Any, file: Path) -> Manifest:
+        try:
+            if content["format"] != _FORMAT:
+                raise DataError(f"{file}: manifest format {content['format']!r}, this keel reads {_FORMAT}")
+            shards = tuple(_shard(entry) for entry in content["shards"])
+            manifest = cls(
+                directory=file.absolute().parent,
+                shards=shards,
+                fields=_strings(content["fields"]),
+                classes=_strings(content["classes"]),
+                about=dict(content.get("about", {})),
+            )
+            recorded = content["hash"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{type(error).__name__}: {error}"
+            raise DataError(
+                f"{file}: not a whole manifest ({what}); make it anew with keel data index"
+            ) from None
+        if recorded != manifest.hash:
+            raise DataError(
+                f"{file}: its hash is {recorded!r} but its content has {manifest.hash!r}: it was changed "
+                "by hand; make it anew with keel data index"
+            )
+        return manifest._checked(file)
+
+    def _checked(self, file: Path) -> Manifest:
+        if self.samples == 0:
+            raise DataError(f"{file}: no samples in any shard")
+        empty = next((shard.name for shard in self.shards if shard.samples == 0), None)
+        if empty is not None:
+            raise DataError(f"{file}: empty shard {empty}; leave it out and make the manifest anew")
+        return self
+
+    @cached_property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @cached_property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def sizes(self) -> Int64s:
+        """Samples in each shard, int64."""
+        return np.array([shard.samples for shard in self.shards], np.int64)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over the shards' content in order and the class names: no path, no date."""
+        digest = hashlib.sha256(b"keel manifest 1\n")
+        for shard in self.shards:
+            digest.update(f"{shard.sha256} {shard.samples}\n".encode())
+        digest.update(json.dumps(self.classes).encode())
+        return digest.hexdigest()
+
+    @property
+    def path(self) -> Path:
+        return self.directory / NAME
+
+    def shard_path(self, number: int) -> Path:
+        """Where a local shard lies."""
+        return self.directory / self.shards[number].name
+
+    def index_path(self, number: int) -> Path:
+        return self.directory / "index" / index_name(self.shards[number].sha256)
+
+    def index(self, number: int) -> Index:
+        """The sidecar of shard `number`; raises `DataError` where missing, damaged or of another shard."""
+        path, shard = self.index_path(number), self.shards[number]
+        try:
+            index = Index.from_bytes(path.read_bytes(), str(path))
+        except FileNotFoundError:
+            raise DataError(
+                f"{path}: no index for shard {shard.name}; make it with keel data index"
+            ) from None
+        if (len(index), index.shard_bytes) != (shard.samples, shard.bytes):
+            raise DataError(
+                f"{path}: an index of {len(index)} samples and {index.shard_bytes} bytes, but {shard.name} "
+                f"has {shard.samples} and {shard.bytes}; make it anew with keel data index"
+            )
+        return index
+
+    def save(self) -> None:
+        """Write manifest.json, whole or not at all. Sidecars are written by `save_index`."""
+        content = {
+            "format": _FORMAT,
+            "hash": self.hash,
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "fields": self.fields,
+            "classes": self.classes,
+            "about": dict(self.about),
+            "shards": [
+                {"name": s.name, "samples": s.samples, "bytes": s.bytes, "sha256": s.sha256}
+                for s in self.shards
+            ],
+        }
+        write_whole(self.path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def index_name(sha256: str) -> str:
+    """Sidecars are named by content, so that an interrupted indexing finds what it has done."""
+    return sha256[:32] + SUFFIX
+
+
+def save_index(directory: Path, index: Index, sha256: str) -> None:
+    """Put a shard's sidecar where the manifest in `directory` looks for it."""
+    write_whole(directory / "index" / index_name(sha256), index.to_bytes())
+
+
+def all_fields(indexes: Iterable[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(sorted({name for fields in indexes for name in fields}))
+
+
+def _shard(entry: Any) -> Shard:
+    shard = Shard(str(entry["name"]), int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]))
+    if shard.samples < 0 or shard.bytes < 0 or not set(shard.sha256) <= set("0123456789abcdef"):
+        raise ValueError(f"shard {shard.name}")
+    return shard
+
+
+def _strings(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("a list of names was expected")
+    return tuple(values)
+
+
+def relative_name(shard: Path, directory: Path) -> str:
+    """How a manifest in `directory` should name a local shard: relative when it lies below."""
+    absolute = shard.absolute()
+    if absolute.is_relative_to(directory.absolute()):
+        return str(PurePosixPath(absolute.relative_to(directory.absolute())))
+    return str(absolute)
