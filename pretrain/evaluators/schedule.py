@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -94,13 +95,19 @@ def refuse_equal_names(evaluations: Sequence[EvaluatorConfig]) -> None:
 
 
 def write(record: Path, progress: Progress, scores: Scores) -> None:
-    """Append one line in one write: step, samples, name, values, details."""
+    """Append one line in one write: step, samples, name, values, details.
+
+    A line that a kill has torn is closed first, so that it can't swallow this one.
+    """
     row = {
         "step": progress.step, "samples": progress.samples, "name": scores.kind,
         "values": dict(scores.values), "details": dict(scores.details),
     }  # fmt: skip
-    with record.open("ab", buffering=0) as file:
-        file.write((json.dumps(row) + "\n").encode())
+    with record.open("a+b", buffering=0) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+        torn = file.read(1) not in (b"", b"\n")
+        file.write(("\n" * torn + json.dumps(row) + "\n").encode())
 
 
 def read(record: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,59 @@
+"""The few-shot probe is seeded, sees the same labels for all encoders, and measures what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import DataError
+from pretrain.evaluators.few_shot import FewShotConfig, _standardised, draw_labels
+from pretrain.evaluators.subject import Features, RawPixels, Subject
+
+
+def test_draws_are_balanced_seeded_and_nested() -> None:
+    labels = np.random.default_rng(0).integers(0, 5, 400)
+    five = draw_labels(labels, 5, seed=0, draw=2)
+    assert np.bincount(labels[five]).tolist() == [5] * 5
+    assert len(set(five.tolist())) == 25
+    assert (
+        set(draw_labels(labels, 1, seed=0, draw=2)) < set(five) < set(draw_labels(labels, 10, seed=0, draw=2))
+    )
+    assert set(five) != set(draw_labels(labels, 5, seed=0, draw=3))
+    assert set(five) != set(draw_labels(labels, 5, seed=1, draw=2))
+
+
+def test_a_class_with_too_few_labels_is_named() -> None:
+    with pytest.raises(DataError, match="class 3 has 2 labelled samples, 5 asked for"):
+        draw_labels(np.array([1] * 9 + [3] * 2), 5, seed=0, draw=0)
+
+
+def test_a_feature_that_never_moves_counts_for_nothing() -> None:
+    values = torch.cat([torch.randn(50, 3), torch.full((50, 1), 1e6)], dim=1)
+    learn = Features(values, torch.arange(50) % 2)
+    x, _, test_x, _ = _standardised(learn, learn.pick(torch.arange(5)))
+    assert np.isfinite(x).all()
+    assert (x[:, 3] == 0).all()
+    assert (test_x[:, 3] == 0).all()
+    np.testing.assert_allclose(x[:, :3].std(axis=0, ddof=1), 1, rtol=1e-5)
+
+
+def test_more_labels_help_and_nothing_depends_on_scale(digits: Path, pixels: Subject) -> None:
+    config = FewShotConfig(data=digits, draws=3)
+    values = config.build()(pixels).values
+    assert list(values) == ["top1_at_1", "top1_at_5", "top1_at_10"]
+    assert 45 < values["top1_at_1"] < values["top1_at_5"] < values["top1_at_10"] < 95
+    louder = Subject(RawPixels(), lambda images: 1000 * images.flatten(1) + 3, pixels.view, pixels.device)
+    assert config.build()(louder).values == pytest.approx(values, abs=0.5)
+
+
+def test_features_without_information_are_at_chance(digits: Path, pixels: Subject) -> None:
+    noise = torch.Generator().manual_seed(0)
+    blind = Subject(
+        RawPixels(), lambda images: torch.randn(len(images), 8, generator=noise), pixels.view, pixels.device
+    )
+    scores = FewShotConfig(data=digits, shots=(5,), draws=4).build()(blind)
+    assert 5 < scores.values["top1_at_5"] < 16
+    assert np.mean(scores.details["draws"]["top1_at_5"]) == pytest.approx(scores.values["top1_at_5"])
