@@ -48,6 +48,11 @@ class TrackConfig(Config):
     name: str | None = None  # as shown in W&B; None: the run folder's name
     tags: tuple[str, ...] = ()
 
+    @pydantic.field_validator("wandb", mode="before")
+    @classmethod
+    def _off(cls, wandb: object) -> object:
+        return "off" if wandb is False else wandb  # YAML reads a bare `off` as false
+
     @pydantic.field_validator("every")
     @classmethod
     def _countable(cls, every: Duration) -> Duration:

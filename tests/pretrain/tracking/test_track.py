@@ -163,3 +163,7 @@ def test_build_undoes_before_it_appends(tmp_path: Path) -> None:
 def test_a_cadence_that_is_none_is_refused(every: str) -> None:
     with pytest.raises(pydantic.ValidationError):
         TrackConfig.model_validate({"every": every})
+
+
+def test_a_bare_off_in_yaml_means_off() -> None:
+    assert TrackConfig.model_validate({"wandb": False}).wandb == "off"
