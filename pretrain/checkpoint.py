@@ -72,7 +72,7 @@ def latest(run_dir: Path) -> Path | None:
         log.warning("checkpoint %s is damaged and passed over: %s", path.name, problem)
     if candidates:
         raise RunError(
-            f"{run_dir / 'checkpoints'}: all {len(candidates)} checkpoints are damaged, the newest: {problem};"
+            f"{run_dir / 'checkpoints'}: all {len(candidates)} checkpoints are damaged; newest: {problem};"
             " restore one, or remove the folder to start from nothing"
         )
     return None

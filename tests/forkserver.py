@@ -57,6 +57,7 @@ class Outcome:
     result: Any = None
     error: BaseException | None = None
     traceback: str = ""
+    ended: float = 0.0  # time.monotonic() of the error
 
 
 class ForkServer:
@@ -82,12 +83,17 @@ class ForkServer:
         """
         file = function.__code__.co_filename
         outcomes, output = self._ask(Case(ranks, file, function.__name__, arguments, timeout))
-        for rank, outcome in enumerate(outcomes):
-            if isinstance(outcome, Outcome) and outcome.error is not None:
-                report = (
-                    f"rank {rank} of {ranks}:\n{outcome.traceback}\noutput of all ranks:\n{output[-4000:]}"
-                )
-                raise outcome.error from RankFailureError(report)
+        failures = [
+            (outcome.ended, rank, outcome)
+            for rank, outcome in enumerate(outcomes)
+            if isinstance(outcome, Outcome) and outcome.error is not None
+        ]
+        if failures:  # the first is the cause, the others lost their peer
+            _, rank, first = min(failures, key=lambda failure: failure[:2])
+            assert first.error is not None
+            raise first.error from RankFailureError(
+                f"rank {rank} of {ranks}:\n{first.traceback}\noutput of all ranks:\n{output[-4000:]}"
+            )
         dead = [rank for rank, outcome in enumerate(outcomes) if isinstance(outcome, Died)]
         if dead and not may_die:
             raise RankFailureError(
@@ -222,12 +228,12 @@ def _be_a_rank(case: Case, rank: int, port: int, folder: Path) -> int:
         outcome = Outcome(_function(case.file, case.function)(**case.arguments))
         message = pickle.dumps(outcome)
     except BaseException as error:
-        text = traceback.format_exc()
+        text, ended = traceback.format_exc(), time.monotonic()
         try:
-            message = pickle.dumps(Outcome(error=error.with_traceback(None), traceback=text))
+            message = pickle.dumps(Outcome(None, error.with_traceback(None), text, ended))
             pickle.loads(message)
         except Exception:
-            message = pickle.dumps(Outcome(error=RuntimeError(repr(error)), traceback=text))
+            message = pickle.dumps(Outcome(None, RuntimeError(repr(error)), text, ended))
     beside = folder / f".{rank}"
     beside.write_bytes(message)
     beside.rename(folder / str(rank))

@@ -6,6 +6,7 @@ Parameters are fp32 whatever the precision; half precision comes from autocast i
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ def initialize(
     largest global L2 norm, 0 is off. Every trainable parameter must be in one of the objective's groups.
     """
     fragments.require_known_deepspeed()
+    # DeepSpeed's calls of names that torch has renamed: nothing a user could act on.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Only inference uses it, and on CPU it would be compiled (a minute) before the first step.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     objective.to(processes.device)

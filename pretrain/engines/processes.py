@@ -71,7 +71,9 @@ def stop() -> None:
 
 def seed(value: int, per_rank: bool = False) -> None:
     """Seed Python, NumPy and torch: the same on all ranks to build a model, `per_rank` for dropout."""
-    set_seed(value % 2**32, device_specific=per_rank)
+    # accelerate's own per-rank seeding wants a whole Accelerator; a prime keeps neighbouring seeds apart.
+    rank = PartialState().process_index if per_rank else 0
+    set_seed((value + 1_000_003 * rank) % 2**32)
 
 
 def logger(name: str) -> MultiProcessAdapter:
@@ -96,7 +98,7 @@ def memory_estimate(build: Callable[[], nn.Module], zero_stage: int, world_size:
     """What training `build()` with AdamW takes, counted on the meta device: nothing is allocated.
 
     fp32 everywhere, as keel trains. Stages after Rajbhandari et al. 2020, arXiv:1910.02054 §5, with
-    DeepSpeed's own addition: stages 1 to 3 hold an fp32 master copy of the rank's share beside the parameters.
+    DeepSpeed's own addition: from stage 1 an fp32 master copy of the rank's share beside the parameters.
     """
     with init_empty_weights():
         module = build()

@@ -1,4 +1,4 @@
-"""A small objective with all kinds of state: trainable and frozen parameters, buffers, a scalar, a teacher."""
+"""A small objective with all kinds of state: trainable and frozen parameters, buffers, a teacher."""
 
 from __future__ import annotations
 

@@ -1,0 +1,116 @@
+"""The checkpoint folder on its own: any cut, any read, and damage found before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.errors import RunError
+from pretrain.engines import storage
+from pretrain.engines.storage import Fragment, Reader
+
+
+def write(directory: Path, tensor: torch.Tensor, cuts: list[int]) -> None:
+    """`tensor` cut at `cuts`, a file for every part."""
+    directory.mkdir(parents=True, exist_ok=True)
+    flat, total = tensor.reshape(-1), tensor.numel()
+    edges = [0, *sorted(cuts), total]
+    files = [
+        storage.write_fragments(directory, rank, [Fragment("model/w", flat[a:b], a, total)])
+        for rank, (a, b) in enumerate(pairwise(edges))
+    ]
+    storage.write_index(directory, files, {"model/w": list(tensor.shape)}, {"note": 1})
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), total=st.integers(1, 40))
+def test_any_slice_of_any_cut_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, total: int
+) -> None:
+    directory = tmp_path_factory.mktemp("c")
+    tensor = torch.arange(total, dtype=torch.float32)
+    write(directory, tensor, data.draw(st.lists(st.integers(0, total), max_size=5)))
+    start = data.draw(st.integers(0, total))
+    length = data.draw(st.integers(0, total - start))
+    reader = Reader(directory)
+    assert torch.equal(reader.read("model/w", start, length), tensor[start : start + length])
+    assert torch.equal(reader.whole("model/w"), tensor)
+    assert storage.damage(directory) is None
+
+
+def test_dtypes_and_shapes_survive(tmp_path: Path) -> None:
+    for number, tensor in enumerate(
+        (torch.tensor(7), torch.randn(2, 3, dtype=torch.bfloat16), torch.tensor([[True, False]]))
+    ):
+        write(tmp_path / str(number), tensor, [])
+        assert torch.equal(storage.read_model(tmp_path / str(number))["w"], tensor)
+
+
+def test_damage_is_found_by_file(tmp_path: Path) -> None:
+    write(tmp_path, torch.arange(1000.0), [500])
+    file = tmp_path / "rank-00001.safetensors"
+    good = file.read_bytes()
+    assert storage.damage(tmp_path) is None
+
+    file.write_bytes(good[:-7])
+    assert f"{file}: has {len(good) - 7} bytes, was written with {len(good)}" == storage.damage(tmp_path)
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert f"{file}: its checksum isn't" in str(storage.damage(tmp_path))
+    assert storage.damage(tmp_path, share=(0, 2)) is None  # the other rank's to look at
+    assert storage.damage(tmp_path, share=(1, 2)) is not None
+    file.unlink()
+    assert f"{file}: No such file" in str(storage.damage(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "isn't the index"),
+        ("{", "isn't the index"),
+        ("[]", "isn't the index"),
+        ('{"format": 99}', "has format 99, this keel reads format 1"),
+    ],
+)
+def test_an_index_that_cannot_be_used_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / storage.INDEX).write_text(text)
+    with pytest.raises(RunError, match=said):
+        Reader(tmp_path)
+    assert said in str(storage.damage(tmp_path))
+
+
+def test_missing_things_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"checkpoint.json: No such file"):
+        Reader(tmp_path)
+    write(tmp_path, torch.arange(10.0), [4])
+    with pytest.raises(RunError, match="holds no model/other"):
+        Reader(tmp_path).read("model/other")
+    index = json.loads((tmp_path / storage.INDEX).read_text())
+    index["tensors"]["model/w"]["fragments"].pop(0)
+    (tmp_path / storage.INDEX).write_text(json.dumps(index))
+    with pytest.raises(RunError, match="elements 0 to 10 of model/w are missing"):
+        Reader(tmp_path).read("model/w", 0, 10)
+
+
+def test_a_full_disk_is_an_oserror(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="rank-00000"):
+        storage.write_fragments(tmp_path / "gone", 0, [Fragment("model/w", torch.zeros(3), 0, 3)])
+
+
+def test_reading_needs_neither_deepspeed_nor_a_process_group(tmp_path: Path) -> None:
+    write(tmp_path, torch.arange(6.0).view(2, 3), [2])
+    script = (
+        "import sys; from pathlib import Path; from pretrain.engines.storage import read_model;"
+        "import torch.distributed as dist;"
+        f"print(read_model(Path({str(tmp_path)!r}))['w'].tolist());"
+        "assert not dist.is_initialized() and not {'deepspeed', 'accelerate', 'timm'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]", done.stderr
