@@ -2,7 +2,7 @@
 
     python benchmarks/learns.py [--seeds 0,1,2] [--nproc 2] [--dir runs/learns] [a.b=c ...]
 
-The seed changes weights, order, crops and masks. The split of the digits and the labels that the few-shot probe
+The seed changes weights, order, crops and masks. The split of the digits and the labels that the probe
 draws stay, so the spread is that of pretraining alone. Finished seeds are kept. Prints a table and JSON.
 """
 

@@ -58,7 +58,7 @@ def vote(bank: Features, queries: Tensor, *, k: int, temperature: float) -> Tens
     for piece in normalize(queries, dim=1).split(max(1, _SIMILARITIES // len(bank))):
         near, index = (piece @ neighbours.T).topk(min(k, len(bank)), dim=1)
         votes = near.new_zeros(len(piece), bank.classes)
-        # exp((s-1)/T) and exp(s/T) rank alike, and this one cannot overflow at a small temperature
-        votes.scatter_add_(1, bank.labels[index], ((near - 1) / temperature).exp())
+        # Relative to the nearest: the votes rank alike, and nothing overflows at a small temperature.
+        votes.scatter_add_(1, bank.labels[index], ((near - near[:, :1]) / temperature).exp())
         ranking.append(votes.argsort(dim=1, descending=True, stable=True))
     return torch.cat(ranking)

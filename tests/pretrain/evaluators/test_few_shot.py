@@ -41,7 +41,7 @@ def test_a_feature_that_never_moves_counts_for_nothing() -> None:
 
 
 def test_more_labels_help_and_nothing_depends_on_scale(digits: Path, pixels: Subject) -> None:
-    config = FewShotConfig(data=digits, draws=3)
+    config = FewShotConfig(data=digits, draws=2)
     values = config.build()(pixels).values
     assert list(values) == ["top1_at_1", "top1_at_5", "top1_at_10"]
     assert 45 < values["top1_at_1"] < values["top1_at_5"] < values["top1_at_10"] < 95
