@@ -23,7 +23,7 @@ bench: setup  ## the benchmarks, each in its own process
 	@$(BIN)/python benchmarks/run.py
 
 torture: setup  ## the long tests: tens of thousands of fuzzed inputs, kills at random moments
-	@KEEL_TORTURE=1 $(BIN)/python -m pytest -m torture --timeout=3600
+	@KEEL_TORTURE=1 $(BIN)/python -m pytest -m torture --timeout=3600 || { [ $$? = 5 ] && echo "no such tests yet"; }
 
 gpu-check:  ## GPU tests and a short ViT-B/16 training; a plain message where there is no GPU
 	@.ci/gpu-check

@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", WANDB_MODE="offline")
+if os.environ.get("KEEL_GPU") != "1":  # set by make gpu-check
+    os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that tests can import tests.forkserver
 
 import pytest
@@ -16,6 +18,11 @@ import torch
 
 from pretrain.encoders.torchvision_compat import ensure_torchvision
 from tests.forkserver import ForkServer
+from tests.selection import (  # noqa: F401  hooks
+    pytest_collection_modifyitems,
+    pytest_runtest_makereport,
+    pytest_runtest_setup,
+)
 
 torch.set_num_threads(1)
 ensure_torchvision()
