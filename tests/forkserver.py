@@ -79,7 +79,8 @@ class ForkServer:
         """Call `function(**arguments)` on every rank; gives the results in order of rank.
 
         `function` is at the top of its module; what it gives must pickle. A rank's exception is raised here.
-        A rank that was killed raises `RankFailureError`, unless `may_die`: then its result is `Died`.
+        A rank that was killed raises `RankFailureError`. With `may_die` neither raises: the result is
+        `Died` or the exception.
         """
         file = function.__code__.co_filename
         outcomes, output = self._ask(Case(ranks, file, function.__name__, arguments, timeout))
@@ -88,7 +89,7 @@ class ForkServer:
             for rank, outcome in enumerate(outcomes)
             if isinstance(outcome, Outcome) and outcome.error is not None
         ]
-        if failures:  # the first is the cause, the others lost their peer
+        if failures and not may_die:  # the first is the cause, the others lost their peer
             _, rank, first = min(failures, key=lambda failure: failure[:2])
             assert first.error is not None
             raise first.error from RankFailureError(
@@ -99,7 +100,7 @@ class ForkServer:
             raise RankFailureError(
                 f"ranks {dead} of {ranks} died or ran past {timeout} s; output:\n{output[-4000:]}"
             )
-        return [outcome.result if isinstance(outcome, Outcome) else outcome for outcome in outcomes]
+        return [o if isinstance(o, Died) else o.error or o.result for o in outcomes]
 
     def close(self) -> None:
         if self._process is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import warnings
@@ -62,15 +63,24 @@ def test_a_whole_life_without_a_warning(ranks: Ranks, stage: int) -> None:
     ranks(2, without_a_warning, stage=stage)
 
 
-def speak() -> None:
+def speak() -> list[str]:
     here = processes.start("cpu")
+    heard: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record.getMessage().removeprefix(f"[RANK {here.rank}] "))
+
+    logging.getLogger("keel.test").addHandler(Ear())
     log = processes.logger("keel.test")
     log.warning("to all from %d", here.rank)
     log.warning("each from %d", here.rank, main_process_only=False)
+    processes.stop()
+    return heard
 
 
-def test_the_logger_speaks_on_rank_0(ranks: Ranks, capfd: pytest.CaptureFixture[str]) -> None:
-    ranks(2, speak)
+def test_the_logger_speaks_on_rank_0_unless_told(ranks: Ranks) -> None:
+    assert ranks(2, speak) == [["to all from 0", "each from 0"], ["each from 1"]]
 
 
 def build() -> nn.Module:

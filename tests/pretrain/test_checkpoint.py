@@ -1,0 +1,283 @@
+"""Publishing and choosing checkpoints: due on time, whole or not at all, damaged ones passed over."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.errors import ConfigError, RunError
+from configs.loading import validate
+from pretrain import checkpoint
+from pretrain.checkpoint import CheckpointConfig, Checkpointer, latest, published, read_extra
+from pretrain.engines import processes, storage
+from pretrain.types import Duration, LossOutput, Progress, StepReport
+from tests.conftest import Ranks
+from tests.forkserver import Died
+from tests.pretrain.engines.tiny import BATCH_SIZE, SETTINGS, engine_of, train
+
+START = Progress(step=0, samples=0, total_steps=1000, dataset_size=40)
+
+
+class FakeEngine:
+    """Saves one small tensor; enough to publish."""
+
+    def save(self, directory: Path, extra: dict[str, Any]) -> None:
+        directory.mkdir(parents=True)
+        file = storage.write_fragments(directory, 0, [storage.Fragment("model/w", torch.ones(100), 0, 100)])
+        storage.write_index(directory, [file], {}, {"extra": extra})
+
+
+def checkpointer(
+    run: Path, every: str = "10 steps", keep: int = 3, attempt: int = 1, start: Progress = START
+) -> Checkpointer:
+    config = CheckpointConfig(every=Duration.parse(every), keep=keep)
+    return Checkpointer(
+        config,
+        run,
+        FakeEngine(),
+        attempt=attempt,
+        start=start,
+        batch_size=8,
+        extra=lambda p: {"step": p.step},
+    )  # type: ignore[arg-type]
+
+
+def report(step: int) -> StepReport:
+    progress = Progress(step, step * 8, 1000, 40)
+    return StepReport(progress, LossOutput(torch.zeros(()), {}), None, SETTINGS, 0.0, 0.0)  # type: ignore[arg-type]
+
+
+def steps(run: Path) -> list[str]:
+    return [path.name for path in published(run)]
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"),
+    [("4 steps", [4, 8, 12]), ("20 samples", [3, 5, 8, 10, 13]), ("1.5 epochs", [8]), ("100 steps", [])],
+)
+def test_saves_when_due(tmp_path: Path, every: str, expected: list[int]) -> None:
+    saver = checkpointer(tmp_path, every, keep=100)
+    for step in range(1, 14):
+        saver.after_step(report(step))
+    assert [int(name[5:13]) for name in reversed(steps(tmp_path))] == expected
+
+
+def test_periods_count_from_the_start_of_the_run_and_not_of_the_attempt(tmp_path: Path) -> None:
+    saver = checkpointer(tmp_path, "10 steps", attempt=2, start=Progress(7, 56, 1000, 40))
+    for step in range(8, 12):
+        saver.after_step(report(step))
+    assert steps(tmp_path) == ["step-00000010-a02"]
+
+
+def test_saves_at_the_end_once(tmp_path: Path) -> None:
+    saver = checkpointer(tmp_path, "10 steps")
+    saver.after_step(report(10))
+    saver.finish(report(10).progress, "done")
+    saver.finish(report(13).progress, "interrupted")
+    assert steps(tmp_path) == ["step-00000013-a01", "step-00000010-a01"]
+    assert read_extra(published(tmp_path)[0]) == {"step": 13}
+
+
+def test_an_attempt_that_goes_nowhere_saves_nothing(tmp_path: Path) -> None:
+    checkpointer(tmp_path).finish(report(10).progress, "done")
+    again = checkpointer(tmp_path, attempt=2, start=report(10).progress)
+    again.finish(report(10).progress, "interrupted")
+    assert steps(tmp_path) == ["step-00000010-a01"]
+
+
+def test_minutes_are_rank_0s(ranks: Ranks, tmp_path: Path) -> None:
+    first, second = ranks(2, saves_by_the_minute, run=tmp_path)
+    assert first == second and len(first) == 1
+
+
+def saves_by_the_minute(run: Path) -> list[str]:
+    """Rank 0's clock is moved on by two minutes at step 3; rank 1's at step 1, which must not count."""
+    engine, _, here = engine_of(1)
+    config = CheckpointConfig(every=Duration(1, "min"))
+    saver = Checkpointer(config, run, engine, attempt=1, start=START, batch_size=8, extra=lambda p: {})
+    for step in range(1, 8):
+        if step == (3 if here.rank == 0 else 1):
+            saver.clock.started -= 120
+        saver.after_step(report(step))
+    saver.clock.close()
+    engine.close()
+    processes.stop()
+    return steps(run)
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    saver = checkpointer(tmp_path, "1 steps", keep=2)
+    for step in range(1, 6):
+        saver.after_step(report(step))
+    assert steps(tmp_path) == ["step-00000005-a01", "step-00000004-a01"]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+
+
+def test_newest_is_the_last_attempts(tmp_path: Path) -> None:
+    """An attempt that went back behind a damaged checkpoint must go on from its own."""
+    checkpointer(tmp_path).save(report(20).progress)
+    checkpointer(tmp_path, attempt=2).save(report(15).progress)
+    assert latest(tmp_path) == tmp_path / "checkpoints" / "step-00000015-a02"
+
+
+def test_no_checkpoint_is_no_checkpoint(tmp_path: Path) -> None:
+    assert latest(tmp_path) is None
+    (tmp_path / "checkpoints" / ".unfinished-step-00000003-a01").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "notes").mkdir()
+    assert latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "index"])
+def test_a_damaged_one_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    saver = checkpointer(tmp_path)
+    saver.save(report(10).progress)
+    saver.save(report(20).progress)
+    newest = published(tmp_path)[0]
+    file = newest / "rank-00000.safetensors"
+    content = file.read_bytes()
+    match damage:
+        case "truncate":
+            file.write_bytes(content[:-10])
+        case "flip":
+            file.write_bytes(content[:-3] + bytes([content[-3] ^ 4]) + content[-2:])
+        case "remove":
+            file.unlink()
+        case "index":
+            (newest / storage.INDEX).unlink()
+    with caplog.at_level(logging.WARNING):
+        assert latest(tmp_path) == tmp_path / "checkpoints" / "step-00000010-a01"
+    assert "step-00000020-a01 is damaged and passed over" in caplog.text
+
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000010-a01")
+    with pytest.raises(
+        RunError, match=r"all 1 checkpoints are damaged.*remove the folder to start from nothing"
+    ):
+        latest(tmp_path)
+
+
+POINTS = ("in a file", "before the index", "before publishing", "after publishing", "in pruning")
+
+
+def killed_at(point: str, run: Path, victim: int) -> list[float]:
+    """Train and save at steps 2 and 4; `victim` is killed at `point` of the second save."""
+    engine, objective, here = engine_of(1)
+    config = CheckpointConfig(every=Duration(2, "steps"), keep=1 if point == "in pruning" else 3)
+    saver = Checkpointer(
+        config, run, engine, attempt=1, start=START, batch_size=BATCH_SIZE, extra=lambda p: {"step": p.step}
+    )
+    losses = train(engine, objective, 0, 2)
+    saver.after_step(report(2))
+    losses += train(engine, objective, 2, 4)
+
+    def die(*_: Any, **__: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if here.rank == victim:
+        match point:
+            case "in a file":
+                storage._flushed = die
+            case "before the index":
+                storage.write_index = die
+            case "before publishing":
+                saver._publish = die  # type: ignore[method-assign]
+            case "after publishing":
+                storage.flush_folder, flush = (
+                    lambda folder: die() if folder == saver.folder else flush(folder),
+                    storage.flush_folder,
+                )
+            case "in pruning":
+                checkpoint.shutil.rmtree = die  # type: ignore[attr-defined]
+    saver.after_step(report(4))
+    return losses
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_instant_leaves_a_valid_checkpoint(ranks: Ranks, tmp_path: Path, point: str) -> None:
+    answers = ranks(2, killed_at, point=point, run=tmp_path, victim=0, may_die=True)
+    assert answers[0] == Died(signal.SIGKILL)
+    found = latest(tmp_path)
+    assert found is not None
+    assert found.name == f"step-0000000{4 if point in ('after publishing', 'in pruning') else 2}-a01"
+    straight = ranks(1, straight_on, run=tmp_path / "other", start=0)[0]
+    assert ranks(2, straight_on, run=tmp_path, start=int(found.name[5:13]))[0] == pytest.approx(
+        straight[int(found.name[5:13]) :], rel=1e-5
+    )
+    assert not list((tmp_path / "checkpoints").glob(".*"))  # swept by the next attempt
+
+
+def test_a_kill_of_another_rank_leaves_a_valid_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
+    answers = ranks(2, killed_at, point="in a file", run=tmp_path, victim=1, may_die=True, timeout=20)
+    assert answers[1] == Died(signal.SIGKILL)
+    found = latest(tmp_path)
+    assert found is not None and found.name == "step-00000002-a01"
+
+
+def straight_on(run: Path, start: int) -> list[float]:
+    """Losses from `start` to step 6, resuming where there is something to resume from."""
+    engine, objective, _ = engine_of(1)
+    if (found := latest(run)) is not None:
+        assert engine.load(found) == {"step": start}
+    Checkpointer(
+        CheckpointConfig(), run, engine, attempt=2, start=START, batch_size=BATCH_SIZE, extra=lambda p: {}
+    ).clock.close()
+    losses = train(engine, objective, start, 6)
+    engine.close()
+    processes.stop()
+    return losses
+
+
+def save_where_there_is_no_room(run: Path) -> str:
+    engine, _, here = engine_of(1)
+    saver = Checkpointer(
+        CheckpointConfig(),
+        run,
+        engine,
+        attempt=1,
+        start=START,
+        batch_size=8,
+        extra=lambda p: {"step": p.step},
+    )
+    saver.save(report(1).progress)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    if here.rank == 1:
+        storage.save_file = full
+    try:
+        saver.save(report(2).progress)
+    except RunError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_full_disk_is_told_on_every_rank_and_leaves_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    for said in ranks(2, save_where_there_is_no_room, run=tmp_path):
+        assert "can't be written: rank 1: [Errno 28] No space left on device" in said
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001-a01"]
+
+
+def test_config_says_what_it_takes() -> None:
+    assert CheckpointConfig() == CheckpointConfig(every=Duration(10, "min"), keep=3)
+    with pytest.raises(ConfigError, match="every"):
+        validate({"every": "0 steps"}, CheckpointConfig, "x.yaml")
+    with pytest.raises(ConfigError, match="keep"):
+        validate({"keep": 0}, CheckpointConfig, "x.yaml")
+
+
+def test_a_save_takes_its_time_off_the_clock(tmp_path: Path) -> None:
+    saver = checkpointer(tmp_path, "1 min")
+    saver.clock.started -= 61
+    before = time.monotonic()
+    saver.save(report(3).progress)
+    assert saver.clock.started >= before
