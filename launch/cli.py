@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,12 +18,16 @@ from configs.errors import UserError
 from launch import cli_data
 from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 
+DEMO = Path("runs/demo")
+"""Where `make demo` puts its run."""
+
 app = typer.Typer(
     name="keel",
     help="Tar shards in, a pretrained timm backbone out.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 app.add_typer(cli_data.app, name="data")
 
@@ -51,6 +56,48 @@ def train(
     if code == 0:
         typer.echo(f"done; run folder: {folder.root}")
     raise typer.Exit(code)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[kind=knn data=... k=10]")] = None,
+    step: Annotated[int | None, typer.Option(help="of the checkpoint; without it the newest")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON list on standard output")] = False,
+) -> None:
+    """Judge a trained encoder: by the run's own evaluations, or by the one given."""
+    from launch import evaluate
+
+    evaluate.show(evaluate.evaluate(run, settings or (), step), as_json=as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    to: Annotated[Path, typer.Option(help="folder to make, for timm's local-dir:")],
+    step: Annotated[int | None, typer.Option(help="of the checkpoint; without it the newest")] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace an older export there")] = False,
+    licence: Annotated[str, typer.Option(help="of the weights, for the model card")] = "other",
+) -> None:
+    """Write the encoder as a timm folder; done when a fresh process got the same numbers from it."""
+    from pretrain.export import export
+
+    result = export(run, to, step=step, force=force, licence=licence)
+    typer.echo(f"{result.architecture}, {result.parameters / 1e6:.2f} M parameters")
+    typer.echo(f"reopened by timm in a fresh process: largest difference {result.max_difference:.1e}")
+    typer.echo(f'timm.create_model("local-dir:{result.folder}", pretrained=True)')
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="run folder")] = DEMO,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...")] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="ranks on this machine")] = 2,
+) -> None:
+    """The whole of keel in a few minutes: digits to shards, a small MAE, its evaluation, a timm export."""
+    from launch.demo import run
+
+    raise typer.Exit(run(directory, overrides=overrides or (), nproc=nproc))
 
 
 def main() -> None:
