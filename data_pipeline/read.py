@@ -1,0 +1,209 @@
+"""Samples out of local shards: positioned reads by offset, every payload checked against its checksum.
+
+Positioned reads, not memory maps: a map of a file that shrinks kills the process with SIGBUS.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import DataError
+from data_pipeline.index import Index, split_name
+from data_pipeline.manifest import Manifest
+
+IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm")
+LABEL_FIELDS = ("cls",)
+CAPTION_FIELDS = ("txt", "json")
+
+_NEAR = 64 * 1024  # bytes between two wanted fields that are cheaper to read than to skip
+_OPEN_BYTES = 96 << 20  # of indexes kept in memory
+_OPEN_FILES = 200
+_HUGE = 256 << 20  # bytes in one field beyond which it isn't read
+
+
+class ShardError(DataError):
+    """A whole shard can't be used: missing, truncated, changed, or out of reach."""
+
+
+class SampleError(DataError):
+    """One sample can't be used; the rest of its shard can."""
+
+    def __init__(self, shard: str, key: str, field: str, reason: str):
+        super().__init__(f"{shard}: sample {key!r}: field {field}: {reason}")
+        self.shard, self.key, self.field, self.reason = shard, key, field, reason
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str, str, str]]:
+        return SampleError, (self.shard, self.key, self.field, self.reason)
+
+
+@dataclass
+class _Open:
+    index: Index
+    descriptor: int
+    path: Path
+
+    @property
+    def bytes(self) -> int:
+        return 20 * self.index.offsets.size + len(self.index.key_text)
+
+
+class Reader:
+    """Reads samples of one manifest by (shard, sample). Holds a bounded number of open shards.
+
+    `locate` gives the local path of a shard; the default is the manifest's own.
+    """
+
+    def __init__(self, manifest: Manifest, locate: Callable[[int], Path] | None = None):
+        self.manifest = manifest
+        self._locate = locate or manifest.shard_path
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+        self._bytes = 0
+
+    def read(self, shard: int, sample: int, wanted: Sequence[Sequence[str]]) -> list[tuple[str, bytes]]:
+        """For each list of alternatives (`IMAGE_FIELDS`, ...): the field the sample has, and its bytes.
+
+        Raises `ShardError`, or `SampleError` where a field is missing, too large or not as indexed.
+        """
+        opened = self._opened(shard)
+        columns = [self._column(shard, opened, sample, names) for names in wanted]
+        payloads = self._payloads(shard, opened, sample, columns)
+        return [
+            (opened.index.fields[column], payload) for column, payload in zip(columns, payloads, strict=True)
+        ]
+
+    def key(self, shard: int, sample: int) -> str:
+        return self._opened(shard).index.key(sample)
+
+    def will_read(self, shard: int, sample: int) -> None:
+        """Ask the system to fetch a sample's pages now."""
+        opened = self._opened(shard)
+        offsets, sizes = opened.index.offsets[sample], opened.index.sizes[sample]
+        start, end = max(0, int(offsets.min())), int((offsets + sizes).max())
+        os.posix_fadvise(opened.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        for opened in self._open.values():
+            os.close(opened.descriptor)
+        self._open.clear()
+        self._bytes = 0
+
+    def _column(self, shard: int, opened: _Open, sample: int, names: Sequence[str]) -> int:
+        index = opened.index
+        for name in names:
+            if name in index.fields:
+                column = index.fields.index(name)
+                if index.offsets[sample, column] >= 0:
+                    if index.sizes[sample, column] > _HUGE:
+                        raise self._error(shard, sample, name, f"larger than {_HUGE >> 20} MiB")
+                    return column
+        has = [f for f, at in zip(index.fields, index.offsets[sample], strict=True) if at >= 0]
+        raise self._error(shard, sample, "/".join(names), f"missing; the sample has {', '.join(has)}")
+
+    def _payloads(self, shard: int, opened: _Open, sample: int, columns: Sequence[int]) -> list[bytes]:
+        index = opened.index
+        spans = [(int(index.offsets[sample, c]), int(index.sizes[sample, c])) for c in columns]
+        start, end = min(at for at, _ in spans), max(at + size for at, size in spans)
+        together = end - start <= sum(size for _, size in spans) + _NEAR
+        whole = self._pread(shard, opened, start, end - start) if together else b""
+        payloads = []
+        for column, (at, size) in zip(columns, spans, strict=True):
+            data = whole[at - start : at - start + size] if together else self._pread(shard, opened, at, size)
+            if zlib.crc32(data) != index.checksums[sample, column]:
+                raise self._mismatch(shard, opened, sample, column)
+            payloads.append(data)
+        return payloads
+
+    def _pread(self, shard: int, opened: _Open, start: int, size: int) -> bytes:
+        try:
+            data = os.pread(opened.descriptor, size, start)
+            while len(data) < size:  # a read may be short on some file systems
+                more = os.pread(opened.descriptor, size - len(data), start + len(data))
+                if not more:
+                    self._drop(shard)
+                    raise ShardError(
+                        f"{opened.path}: truncated shard: {start + len(data)} bytes, the manifest says "
+                        f"{opened.index.shard_bytes}; fetch or pack it again"
+                    )
+                data += more
+        except OSError as error:
+            self._drop(shard)
+            raise ShardError(_unreadable(opened.path, error)) from error
+        return data
+
+    def _mismatch(self, shard: int, opened: _Open, sample: int, column: int) -> DataError:
+        """One damaged payload, or another shard in this one's place? The tar header before it tells."""
+        index = opened.index
+        header = self._pread(
+            shard, opened, int(index.offsets[sample, column]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE
+        )
+        try:
+            found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+            same = split_name(found.name) == (index.key(sample), index.fields[column])
+            same = same and found.size == index.sizes[sample, column]
+        except tarfile.TarError:
+            same = True
+        # A name of over 100 bytes is in an extended header: then only the end of it can be compared.
+        if not same and len(index.key(sample)) < 95:
+            return ShardError(
+                f"{opened.path}: changed shard: it isn't the one the manifest describes; "
+                "make the manifest anew with keel data index, or put the old shard back"
+            )
+        return self._error(shard, sample, index.fields[column], "payload differs from its checksum: damaged")
+
+    def _error(self, shard: int, sample: int, field: str, reason: str) -> SampleError:
+        return SampleError(self.manifest.shards[shard].name, self.key(shard, sample), field, reason)
+
+    def _opened(self, shard: int) -> _Open:
+        opened = self._open.get(shard)
+        if opened is None:
+            index = self.manifest.index(shard)
+            path = self._locate(shard)
+            opened = _Open(index, open_shard(path, index.shard_bytes), path)
+            self._open[shard] = opened
+            self._bytes += opened.bytes
+            while len(self._open) > 1 and (len(self._open) > _OPEN_FILES or self._bytes > _OPEN_BYTES):
+                self._drop(next(iter(self._open)))
+        else:
+            self._open.move_to_end(shard)
+        return opened
+
+    def _drop(self, shard: int) -> None:
+        opened = self._open.pop(shard, None)
+        if opened is not None:
+            self._bytes -= opened.bytes
+            os.close(opened.descriptor)
+
+
+def open_shard(path: Path, size: int) -> int:
+    """A descriptor of a shard of exactly `size` bytes; raises `ShardError` that says what is wrong."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ShardError(_unreadable(path, error)) from error
+    found = os.fstat(descriptor).st_size
+    if found == size:
+        return descriptor
+    os.close(descriptor)
+    if found < size:
+        raise ShardError(
+            f"{path}: truncated shard: {found} bytes, the manifest says {size}; fetch or pack it again"
+        )
+    raise ShardError(
+        f"{path}: changed shard: {found} bytes, the manifest says {size}; "
+        "make the manifest anew with keel data index, or put the old shard back"
+    )
+
+
+def _unreadable(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOENT and path.parent.exists():
+        return f"{path}: missing shard: the manifest names it; put it back or make the manifest anew"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.EIO, errno.ENODEV):
+        return f"{path}: its file system is out of reach ({error.strerror}): is it still mounted?"
+    return f"{path}: can't be read: {error.strerror or error}"

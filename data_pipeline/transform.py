@@ -1,0 +1,110 @@
+"""The worker half of a view: crop, antialiased resize and flip, from decoded pixels to uint8.
+
+Every choice is drawn from the sample's own seed. The resize is Pillow's within 2 grey levels a pixel (it
+rounds its filter weights differently), which the tests check on pictures like photographs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from data_pipeline import hashing
+from data_pipeline.augment import device_half
+from data_pipeline.decode import Pixels
+from data_pipeline.hashing import Int64s
+from data_pipeline.randomness import STRIDE, Purpose
+from data_pipeline.types import CenterCrop, Interpolation, RandomResizedCrop, ViewSpec
+
+__all__ = ["Box", "WorkerHalf", "center_view", "device_half", "random_box", "resized"]
+
+_ATTEMPTS = 10  # at a crop that fits, as torchvision has it
+
+
+@dataclass(frozen=True)
+class Box:
+    """A crop in pixels of the decoded picture."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def random_box(height: int, width: int, crop: RandomResizedCrop, numbers: Sequence[float]) -> Box:
+    """A box of random area and aspect inside a picture, from 40 `numbers` in [0, 1).
+
+    After torchvision's RandomResizedCrop: ten attempts, then the largest central box of an allowed aspect.
+    """
+    low, high = math.log(crop.ratio[0]), math.log(crop.ratio[1])
+    for attempt in range(_ATTEMPTS):
+        u_area, u_aspect, u_top, u_left = numbers[4 * attempt : 4 * attempt + 4]
+        area = height * width * (crop.scale[0] + u_area * (crop.scale[1] - crop.scale[0]))
+        aspect = math.exp(low + u_aspect * (high - low))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return Box(int(u_top * (height - h + 1)), int(u_left * (width - w + 1)), h, w)
+    w, h = width, height
+    if width / height < crop.ratio[0]:
+        h = round(width / crop.ratio[0])
+    elif width / height > crop.ratio[1]:
+        w = round(height * crop.ratio[1])
+    h, w = max(1, h), max(1, w)
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def resized(pixels: Pixels, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    """(1, 3, h, w) uint8 of (H, W, 3) uint8, antialiased, filter support as Pillow's."""
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    if pixels.shape[:2] == size:
+        return image
+    return functional.interpolate(image, size, mode=interpolation, antialias=True)
+
+
+def center_view(pixels: Pixels, view: ViewSpec, fraction: float) -> Tensor:
+    """(1, 3, h, w) uint8: the picture resized to cover size / fraction, then its centre."""
+    height, width = pixels.shape[:2]
+    target_h, target_w = view.size
+    scale = max(target_h / height, target_w / width) / fraction
+    whole = (max(target_h, round(height * scale)), max(target_w, round(width * scale)))
+    image = resized(pixels, whole, view.interpolation)
+    top, left = round((whole[0] - target_h) / 2), round((whole[1] - target_w) / 2)
+    return image[:, :, top : top + target_h, left : left + target_w]
+
+
+class WorkerHalf:
+    """Writes the uint8 views of decoded samples into batch buffers."""
+
+    def __init__(self, views: Sequence[ViewSpec]):
+        self.views = tuple(views)
+
+    def numbers(self, seeds: Int64s) -> list[npt.NDArray[np.float32]]:
+        """Per view (B, 41) float32 in [0, 1): what `apply` needs, drawn for a whole batch at once."""
+        drawn = []
+        for number, view in enumerate(self.views):
+            random = isinstance(view.crop, RandomResizedCrop)
+            crop = hashing.uniform(seeds, Purpose.CROP + STRIDE * number, 4 * _ATTEMPTS if random else 0)
+            flip = hashing.uniform(seeds, Purpose.FLIP + STRIDE * number, 1)
+            drawn.append(np.concatenate([flip, crop], axis=1))
+        return drawn
+
+    def apply(self, pixels: Pixels, view: int, numbers: Sequence[float], out: Tensor) -> None:
+        """Make view number `view` of one picture in `out` (3, h, w) uint8, from its row of `numbers`."""
+        spec = self.views[view]
+        match spec.crop:
+            case RandomResizedCrop() as crop:
+                box = random_box(pixels.shape[0], pixels.shape[1], crop, numbers[1:])
+                inside = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+                made = resized(inside, spec.size, spec.interpolation)[0]
+            case CenterCrop(fraction):
+                made = center_view(pixels, spec, fraction)[0]
+        if numbers[0] < spec.flip:
+            made = made.flip(2)
+        out.copy_(made)

@@ -1,0 +1,169 @@
+"""The processes that make batches: a clean one that forks workers, and the workers.
+
+`pool` starts the first process by exec, so nothing of the training process (threads, CUDA, locks, gloo
+sockets) is in it; it imports once and stays single-threaded, so forking workers from it is safe and takes
+milliseconds.
+
+Ctrl-C and SLURM's signals go to every process of a job. These ignore them: the rank needs its workers until
+it has saved. They end when the rank closes its socket or dies, and at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import mmap
+import os
+import pickle
+import signal
+import socket
+import struct
+import sys
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs.errors import UserError
+from data_pipeline.assemble import Assembler, Broken, Buffers, Job
+from data_pipeline.plan import Draws
+
+FORK, STATUS = b"F", b"S"
+TASK = struct.Struct("<qqq")  # batch, slot, first row; then the rows of `Draws.rows` as int64
+PID = struct.Struct("<q")
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the forking process is told first."""
+
+    job: Job
+    rows: int  # of a batch
+    slot_bytes: int
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A worker's first message."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Done:
+    """Rows are in place; `broken` were replaced."""
+
+    batch: int
+    broken: list[Broken]
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Rows can't be made: `error` is the user's, or else `trace` is ours."""
+
+    batch: int
+    error: UserError | None
+    trace: str
+
+
+def main() -> None:
+    """Fork workers on request until the rank closes the socket; then end them all.
+
+    Arguments: the numbers of the open socket and of the memory file.
+    """
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    control, memory = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
+    setup = _received(control)
+    shared = torch.frombuffer(mmap.mmap(memory, 0), dtype=torch.uint8)
+    gc.collect()
+    gc.freeze()
+    children: set[int] = set()
+    while True:
+        try:
+            command, handles, _, _ = socket.recv_fds(control, 1, 1)
+        except OSError:
+            command, handles = b"", []
+        if command == FORK:
+            parent = os.getpid()
+            child = os.fork()
+            if child == 0:
+                control.close()
+                _run(setup, shared, handles[0], parent)
+            os.close(handles[0])
+            children.add(child)
+        elif command == STATUS:
+            (child,) = PID.unpack(control.recv(PID.size, socket.MSG_WAITALL))
+            children.discard(child)
+            control.sendall(PID.pack(_status(child)))
+        else:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            os._exit(0)
+
+
+def _received(control: socket.socket) -> Setup:
+    connection = Connection(os.dup(control.fileno()))
+    try:
+        setup = pickle.loads(connection.recv_bytes())
+    except EOFError:
+        os._exit(0)
+    assert isinstance(setup, Setup)
+    return setup
+
+
+def _status(child: int) -> int:
+    """How a dead worker ended: -signal, or its exit status."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except ChildProcessError:
+        return 0
+
+
+def _run(setup: Setup, shared: Tensor, handle: int, parent: int) -> None:
+    """A worker's life. Never returns."""
+    code = 1
+    try:
+        _die_with_parent(parent)
+        _serve(setup, shared, Connection(handle))
+        code = 0
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Be killed when the forking process ends, however it ends."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+def _serve(setup: Setup, shared: Tensor, connection: Connection) -> None:
+    assembler = Assembler(setup.job)
+    slots = [
+        Buffers(setup.job, setup.rows, shared[start : start + Buffers.size(setup.job, setup.rows)])
+        for start in range(0, len(shared), setup.slot_bytes)
+    ]
+    connection.send_bytes(pickle.dumps(Hello(os.getpid())))
+    while True:
+        task = connection.recv_bytes()
+        batch, slot, first = TASK.unpack_from(task)
+        draws = Draws.from_rows(np.frombuffer(task, np.int64, offset=TASK.size).reshape(-1, 6))
+        reply: Done | Failed
+        try:
+            reply = Done(batch, assembler.fill(draws, slots[slot], first))
+        except UserError as error:
+            reply = Failed(batch, error, "")
+        except Exception:
+            reply = Failed(batch, None, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(reply))
