@@ -35,12 +35,16 @@ class Draws:
 
 
 class Plan:
-    """The samples of a run over one source; `sizes[i]` samples in shard i."""
+    """The samples of a run over one source; `sizes[i]` samples in shard i.
+
+    There are no more streams than shards: a stream that is less than a shard would only keep samples that lie
+    together from ever meeting in a batch.
+    """
 
     def __init__(self, sizes: Sequence[Int64s], *, seed: int, streams: int, window: int):
         self.seed = seed
         self.orders = [
-            Order(size, seed=key(seed, number), streams=streams, window=window)
+            Order(size, seed=key(seed, number), streams=min(streams, len(size)), window=window)
             for number, size in enumerate(sizes)
         ]
         counts = [order.samples for order in self.orders]
