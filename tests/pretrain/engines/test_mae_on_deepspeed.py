@@ -1,4 +1,4 @@
-"""A real objective on the engine: MAE's losses over ranks, accumulation, stages and precision, and its resume."""
+"""MAE on the engine: losses over ranks, accumulation, stages and precision, and its resume."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ def resume(stage: int, directory: Path) -> list[float]:
     [(1, 0, 2, False), (2, 0, 1, False), (2, 1, 2, False), (4, 1, 1, False), (2, 2, 2, False), (2, 3, 1, False),
      (2, 1, 1, True), (2, 3, 2, True)],
 )  # fmt: skip
-def test_losses_are_those_of_one_rank(
-    ranks: Ranks, count: int, stage: int, accumulation: int, half: bool
-) -> None:
+def test_losses_are_one_ranks(ranks: Ranks, count: int, stage: int, accumulation: int, half: bool) -> None:
     alone = ranks(1, run, stage=0, half=half)[0]
     assert alone[-1] < alone[0]
     for losses in ranks(count, run, stage=stage, accumulation=accumulation, half=half):
