@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from configs.errors import UserError
-from launch.logs import rank_log, redirected
+from launch.logs import rank_log, redirected, speaking
 
 if TYPE_CHECKING:
     from pretrain.health import StopRequest
@@ -46,7 +46,7 @@ def job(root: Path) -> int:
             from pretrain.health import StopRequest
             from pretrain.run import train
 
-            with stack_dumps(), listening(StopRequest()) as stop:
+            with speaking(), stack_dumps(), listening(StopRequest()) as stop:
                 # Without a terminal, progress lines go the way of all output: log first, then console.
                 reason = train(RunFolder(root), stop, console if console and console.isatty() else sys.stderr)
             return DONE if reason == "done" else STOPPED

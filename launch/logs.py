@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import platform
 import sys
@@ -51,6 +52,21 @@ def redirected(log: Path, *, show: bool) -> Iterator[TextIO | None]:
             stream.detach()  # else its end would close the console under whoever still holds it
         for number in (target, *kept.values()):
             os.close(number)
+
+
+@contextmanager
+def speaking() -> Iterator[None]:
+    """Meanwhile what keel's own modules log, from INFO up, is printed on standard error as plain lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    own = [logging.getLogger(package) for package in ("configs", "data_pipeline", "pretrain", "launch")]
+    for logger in own:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger in own:
+            logger.removeHandler(handler)
 
 
 @contextmanager

@@ -101,7 +101,7 @@ class RunConfig(Config):
 
 
 MAY_CHANGE = (
-    "run.dir", "run.threads", "data.workers", "data.manifest", "train.micro_batch_size", "train.zero_stage",
+    "run.dir", "run.threads", "data.workers", "data.prefetch", "data.manifest", "train.micro_batch_size", "train.zero_stage",
     "train.stop_after", "checkpoint", "evaluate", "track",
 )  # fmt: skip
 """What a resumed run may change: how it runs, not what it computes. The manifest is compared by its hash."""
