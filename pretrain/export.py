@@ -198,7 +198,8 @@ def _reopened(folder: Path, images: Tensor) -> dict[str, Tensor]:
         run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
         if run.returncode:
             raise ExportMismatchError(f"a fresh process can't open the export:\n{run.stderr[-4000:]}")
-        return load_file(outputs)
+        found: dict[str, Tensor] = load_file(outputs)
+        return found
 
 
 def model_card(backbone: Backbone, difference: float) -> str:

@@ -29,6 +29,5 @@ class HeldOut:
     def __call__(self, subject: Subject) -> Scores:
         if subject.objective is None:
             raise ConfigError(f"evaluate.{self.config.title}: an encoder alone has no objective; judge a run")
-        nested = self.config.data / "val" / "manifest.json"
-        manifest = nested if nested.is_file() else self.config.data
+        *_, manifest = self.config.manifests()
         return Scores(self.config.title, mean_over_set(subject, manifest, subject.objective.judge))

@@ -55,7 +55,7 @@ def vote(bank: Features, queries: Tensor, *, k: int, temperature: float) -> Tens
     """
     neighbours = normalize(bank.values, dim=1)
     ranking = []
-    for piece in normalize(queries, dim=1).split(max(1, _SIMILARITIES // len(bank))):
+    for piece in torch.split(normalize(queries, dim=1), max(1, _SIMILARITIES // len(bank))):
         near, index = (piece @ neighbours.T).topk(min(k, len(bank)), dim=1)
         votes = near.new_zeros(len(piece), bank.classes)
         # Relative to the nearest: the votes rank alike, and nothing overflows at a small temperature.

@@ -19,6 +19,7 @@ from configs.errors import DataError
 from configs.loading import Config
 from data_pipeline.load import sequential
 from data_pipeline.manifest import Manifest
+from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
 from pretrain.evaluators.ranks import gathered_rows, rank_and_size, summed, union
@@ -73,7 +74,7 @@ class Subject:
         return self._seen[manifest]
 
     def _extract(self, manifest: Path) -> Features:
-        if not Manifest.load(manifest).classes:
+        if not set(LABEL_FIELDS) & set(Manifest.load(manifest).fields):
             raise DataError(f"{manifest}: has no class labels, which an evaluation of features needs")
         values, labels = [], []
         with self.looking():
@@ -181,13 +182,20 @@ class EvaluatorConfig(Config, ABC):
 
     def learn_and_judge(self, subject: Subject) -> tuple[Features, Features]:
         """Features to learn from and features to be judged on."""
-        if self.data.is_dir() and not (self.data / "manifest.json").is_file():
-            train, val = (self.data / part / "manifest.json" for part in ("train", "val"))
-            return subject.features(self.labelled or train), subject.features(val)
-        judged = subject.features(self.data)
-        if self.labelled is not None:
-            return subject.features(self.labelled), judged
-        return fixed_fifth(judged)
+        *learn, judge = self.manifests()
+        if not learn:
+            return fixed_fifth(subject.features(judge))
+        return subject.features(learn[0]), subject.features(judge)
+
+    def manifests(self) -> list[Path]:
+        """The manifests it reads: to learn from (where it isn't part of the other), to be judged on."""
+        learn, judge = self.labelled, self.data
+        if judge.is_dir():
+            inside = judge / "manifest.json"
+            if not inside.is_file():
+                learn, inside = learn or judge / "train/manifest.json", judge / "val/manifest.json"
+            judge = inside
+        return [judge] if learn is None else [learn, judge]
 
 
 def fixed_fifth(features: Features, seed: int = 0) -> tuple[Features, Features]:

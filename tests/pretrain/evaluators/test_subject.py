@@ -89,7 +89,7 @@ def on_a_rank(
     processes.start()
     try:
         subject = Subject(
-            RawPixels(), lambda x: x.mean(dim=2).flatten(1), VIEW, torch.device("cpu"), None, batch_size
+            RawPixels(), lambda x: x[:, 0, ::4, ::4].flatten(1), VIEW, torch.device("cpu"), None, batch_size
         )
         val = Path(digits) / "val" / "manifest.json"
         features = subject.features(val)
@@ -103,12 +103,11 @@ def on_a_rank(
 
 def test_ranks_give_what_one_process_gives(digits: Path, ranks: Ranks) -> None:
     (alone,) = ranks(1, on_a_rank, digits=str(digits), batch_size=64)
-    for count in (2, 3):
-        for sums, labels, scores, means in ranks(count, on_a_rank, digits=str(digits), batch_size=50):
-            assert labels == alone[1]
-            assert sums == pytest.approx(alone[0], rel=1e-5)
-            assert scores == pytest.approx(alone[2])
-            assert means == pytest.approx(alone[3])
+    for sums, labels, scores, means in ranks(3, on_a_rank, digits=str(digits), batch_size=50):
+        assert labels == alone[1]
+        assert sums == pytest.approx(alone[0], rel=1e-5)
+        assert scores == pytest.approx(alone[2])
+        assert means == pytest.approx(alone[3])
 
 
 def gather_unequal() -> tuple[list[list[float]], list[str], float]:

@@ -1,0 +1,51 @@
+"""Opens what others, or an export of ours, made: any timm model as an encoder to be judged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from configs.errors import RunError
+from data_pipeline.types import CenterCrop, ViewSpec
+from pretrain.encoders.torchvision_compat import ensure_torchvision
+
+
+def open_timm(source: str) -> tuple[nn.Module, ViewSpec]:
+    """A pretrained encoder without its classifier, and how it wants to be shown an image.
+
+    `source` is an exported folder or a timm name such as `resnet50.a1_in1k` (downloaded if not cached).
+    Raises `RunError` where it can't be opened.
+    """
+    ensure_torchvision()
+    import timm
+
+    name = f"local-dir:{Path(source).absolute()}" if Path(source).is_dir() else source
+    if name == source and not timm.is_model(name):
+        raise RunError(f"{source}: neither a run folder, an exported folder, nor a model that timm knows")
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0).eval()
+    except Exception as error:  # timm raises whatever its downloader, its readers or the model raise
+        raise RunError(f"{source}: timm can't open it: {' '.join(str(error).split())[:300]}") from error
+    assert isinstance(model, nn.Module)
+    return model, _view(source, timm.data.resolve_model_data_config(model))
+
+
+def _view(source: str, wants: dict[str, Any]) -> ViewSpec:
+    if wants["interpolation"] not in ("bilinear", "bicubic") or wants["crop_mode"] != "center":
+        raise RunError(
+            f"{source}: wants {wants['interpolation']} resampling and a {wants['crop_mode']} crop; "
+            "keel evaluates with bilinear or bicubic and a center crop"
+        )
+    channels, height, width = wants["input_size"]
+    if channels != 3:
+        raise RunError(f"{source}: takes {channels} channels; keel evaluates encoders of RGB images")
+    return ViewSpec(
+        size=(height, width),
+        crop=CenterCrop(wants["crop_pct"]),
+        interpolation=wants["interpolation"],
+        flip=0.0,
+        mean=tuple(wants["mean"]),
+        std=tuple(wants["std"]),
+    )
