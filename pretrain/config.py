@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
-from data_pipeline.load import DataConfig
 
 from configs.errors import ConfigError
 from configs.loading import Config, chosen_by
+from data_pipeline.load import DataConfig
 from pretrain import objectives
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.encoders import EncoderConfig
@@ -101,7 +101,8 @@ class RunConfig(Config):
 
 
 MAY_CHANGE = (
-    "run.dir", "run.threads", "data.workers", "data.prefetch", "data.manifest", "train.micro_batch_size", "train.zero_stage",
+    "run.dir", "run.threads", "data.workers", "data.prefetch", "data.manifest", "train.micro_batch_size",
+    "train.zero_stage",
     "train.stop_after", "checkpoint", "evaluate", "track",
 )  # fmt: skip
 """What a resumed run may change: how it runs, not what it computes. The manifest is compared by its hash."""

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from data_pipeline.load import build_loader
-from data_pipeline.transform import device_half
 
 from configs import loading
 from configs.errors import ConfigError, RunError, UserError
 from data_pipeline import demo
+from data_pipeline.load import build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
+from data_pipeline.transform import device_half
 from data_pipeline.types import ViewSpec
 from pretrain import checkpoint, encoders, tracking
 from pretrain.accumulation import SumOfMicroBatches

@@ -19,10 +19,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import pydantic
 import torch
-from data_pipeline.randomness import uniform
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
+from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
 from pretrain import losses
 from pretrain.encoders import is_vit, vit
