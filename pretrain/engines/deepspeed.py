@@ -135,6 +135,7 @@ class DeepSpeedEngine:
         self._names = {p: name for name, p in objective.named_parameters()}
         self._micro_batches = 0  # backward passes since the last step
         self._shards = fragments.shards(engine)
+        self._buffers = state.HostBuffers()
         self._group = dist.new_group(backend="gloo")  # of checkpoints alone, so that a thread may write them
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
@@ -217,11 +218,14 @@ class DeepSpeedEngine:
                 module.training = True
 
     def stage(self, extra: Mapping[str, Any]) -> state.Staged:
-        """Copy this rank's state to host memory; collective. Training may go on while it is written."""
+        """Copy this rank's state to host memory; collective. Training may go on while it is written.
+
+        The memory is used again: what was staged before must be written by then.
+        """
         average_batch_norm_statistics(self._objective)
         scale = None if self.loss_scale is None else vars(self.loss_scale)
         engine_state = {"zero_stage": self.zero_stage, "loss_scale": scale}
-        return state.stage(self._engine, self._shards, self._group, engine_state, extra)
+        return state.stage(self._engine, self._shards, self._buffers, self._group, engine_state, extra)
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         """Write the whole state into an empty folder; collective. `extra`: JSON values, rank 0's are kept."""

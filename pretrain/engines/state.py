@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,10 @@ class Staged:
     state: Mapping[str, Any]
     group: dist.ProcessGroup = field(repr=False)  # over gloo, for this alone: usable from another thread
 
-    def write(self, directory: Path) -> None:
-        """Write all ranks' parts and then the index; collective over `group`.
+    def write(self, directory: Path, then: Callable[[], None] | None = None) -> None:
+        """Write all ranks' parts, then the index, then call `then` on rank 0; collective over `group`.
 
-        Raises `RunError` on every rank where one of them couldn't write.
+        Raises `RunError` on every rank where one of them failed.
         """
         rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         own: storage.WrittenFile | str
@@ -53,7 +53,9 @@ class Staged:
         if rank == 0 and not problems:
             try:
                 storage.write_index(directory, told, self.shapes, self.state)
-            except OSError as error:
+                if then is not None:
+                    then()
+            except (OSError, RunError) as error:
                 problems = [f"rank 0: {error}"]
         outcome = [problems]
         dist.broadcast_object_list(outcome, src=0, group=self.group)
@@ -61,9 +63,34 @@ class Staged:
             raise RunError(f"{directory}: the checkpoint can't be written: {'; '.join(outcome[0])}")
 
 
+class HostBuffers:
+    """Host memory a state is copied to, kept from save to save: new pages cost more than the copy."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, int], Tensor] = {}
+
+    def copy(self, source: Iterable[Fragment]) -> list[Fragment]:
+        """The same fragments in host memory; what was copied before is overwritten."""
+        copies, on_device = [], False
+        for each in source:
+            key = (each.tensor, each.start)
+            buffer = self._kept.get(key)
+            if buffer is None or buffer.shape != each.data.shape or buffer.dtype != each.data.dtype:
+                pin = each.data.is_cuda  # pinned memory is what a GPU can copy to without waiting
+                buffer = torch.empty(each.data.shape, dtype=each.data.dtype, pin_memory=pin)
+                self._kept[key] = buffer
+            buffer.copy_(each.data, non_blocking=True)
+            on_device = on_device or each.data.is_cuda
+            copies.append(Fragment(each.tensor, buffer, each.start, each.total))
+        if on_device:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+
 def stage(
     engine: Any,
     shards: Sequence[fragments.Shard],
+    buffers: HostBuffers,
     group: dist.ProcessGroup,
     engine_state: Mapping[str, Any],
     extra: Mapping[str, Any],
@@ -92,8 +119,7 @@ def stage(
         "moments": keys,
         "extra": dict(extra),
     }
-    staged = [Fragment(f.tensor, f.data.to("cpu", copy=True), f.start, f.total) for f in owned]
-    return Staged(staged, named, state, group)
+    return Staged(buffers.copy(owned), named, state, group)
 
 
 def load(

@@ -160,7 +160,9 @@ def poisoned(
 def everything(engine: DeepSpeedEngine, rank: int) -> dict[str, Tensor]:
     """Masters, moments, step counts and working parameters of this rank."""
     staged = engine.stage({})
-    found = {f"{f.tensor}@{f.start}": f.data for f in staged.fragments if not f.tensor.startswith("rank/")}
+    found = {
+        f"{f.tensor}@{f.start}": f.data.clone() for f in staged.fragments if not f.tensor.startswith("rank/")
+    }
     counts = {name: values["step"]["tensor"] for name, values in staged.state["scalars"].items()}
     return found | whole(engine) | {f"step {name}": torch.tensor(n) for name, n in counts.items()}
 

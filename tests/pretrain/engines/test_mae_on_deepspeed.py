@@ -85,8 +85,8 @@ def resume(stage: int, directory: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     ("count", "stage", "accumulation", "half"),
-    [(1, 0, 2, False), (2, 0, 1, False), (2, 1, 2, False), (4, 1, 1, False), (2, 2, 2, False), (2, 3, 1, False),
-     (2, 1, 1, True), (2, 3, 2, True)],
+    [(1, 0, 2, False), (2, 0, 1, False), (2, 1, 2, False), (4, 1, 1, False),
+     (2, 2, 2, False), (2, 3, 1, False), (2, 1, 1, True), (2, 3, 2, True)],
 )  # fmt: skip
 def test_losses_are_one_ranks(ranks: Ranks, count: int, stage: int, accumulation: int, half: bool) -> None:
     alone = ranks(1, run, stage=0, half=half)[0]

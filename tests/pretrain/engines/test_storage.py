@@ -64,8 +64,7 @@ def test_damage_is_found_by_file(tmp_path: Path) -> None:
     assert f"{file}: has {len(good) - 7} bytes, was written with {len(good)}" == storage.damage(tmp_path)
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     assert f"{file}: its checksum isn't" in str(storage.damage(tmp_path))
-    assert storage.damage(tmp_path, share=(0, 2)) is None  # the other rank's to look at
-    assert storage.damage(tmp_path, share=(1, 2)) is not None
+    assert storage.damage(tmp_path, checksums=False) is None  # a glance doesn't see it
     file.unlink()
     assert f"{file}: No such file" in str(storage.damage(tmp_path))
 
