@@ -17,15 +17,13 @@ from pydantic import PositiveInt
 from configs.errors import DataError
 from configs.loading import Config
 from data_pipeline.hashing import key, permutation
-from data_pipeline.index import index_shard
-from data_pipeline.manifest import Manifest, Shard, all_fields, save_index
+from data_pipeline.indexing import Indexed, add_shard
+from data_pipeline.manifest import Manifest, all_fields
+from data_pipeline.parallel import Progress
 from data_pipeline.shapes import DIFFICULTIES, SHAPES, draw
 from data_pipeline.shards import write_shard
 
 Sample = tuple[str, Mapping[str, bytes]]
-Progress = Callable[[int, int], None]
-"""Called with samples written and samples in all."""
-
 Split = Literal["train", "val"]
 _VERSION = 1  # of the pictures: raise it when a change makes other bytes from the same settings
 _PER_SHARD = 2000
@@ -94,16 +92,14 @@ def _write(
     building = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.part")
     classes = tuple(str(digit) for digit in range(10)) if config.name == "digits" else SHAPES
     try:
-        shards, fields, done = [], [], 0
+        made, done = list[Indexed](), 0
         for number, part in enumerate(_chunks(samples, _PER_SHARD)):
             path = building / f"shard-{number:06d}.tar"
             done += write_shard(path, part)
-            index, digest = index_shard(path)
-            save_index(building, index, digest)
-            shards.append(Shard(path.name, len(index), index.shard_bytes, digest))
-            fields.append(index.fields)
+            made.append(add_shard(building, path, path.name))
             progress(done)
-        Manifest(building, tuple(shards), all_fields(fields), classes, _about(config)).save()
+        shards, fields = tuple(one.shard for one in made), all_fields(one.fields for one in made)
+        Manifest(building, shards, fields, classes, _about(config)).save()
         folder.parent.mkdir(parents=True, exist_ok=True)
         if folder.exists():
             folder.rmdir()

@@ -39,6 +39,10 @@ class Shard:
     def remote(self) -> bool:
         return "://" in self.name
 
+    def as_dict(self) -> dict[str, str | int]:
+        """As it stands in manifest.json."""
+        return {"name": self.name, "samples": self.samples, "bytes": self.bytes, "sha256": self.sha256}
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -163,10 +167,7 @@ class Manifest:
             "fields": self.fields,
             "classes": self.classes,
             "about": dict(self.about),
-            "shards": [
-                {"name": s.name, "samples": s.samples, "bytes": s.bytes, "sha256": s.sha256}
-                for s in self.shards
-            ],
+            "shards": [shard.as_dict() for shard in self.shards],
         }
         write_whole(self.path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 

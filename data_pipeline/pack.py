@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
-import multiprocessing
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,13 +18,11 @@ from configs.errors import DataError
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.files import write_whole
 from data_pipeline.hashing import key, permutation
-from data_pipeline.index import index_shard
-from data_pipeline.manifest import NAME, Manifest, Shard, save_index
+from data_pipeline.indexing import Indexed, add_shard
+from data_pipeline.manifest import NAME, Manifest, Shard, all_fields
+from data_pipeline.parallel import Progress, mapped
 from data_pipeline.read import IMAGE_FIELDS
 from data_pipeline.shards import write_shard
-
-Progress = Callable[[int, int], None]
-"""Called with samples packed and samples in all."""
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 _PATH_COLUMNS = ("path", "file", "filename", "image", "image_path", "filepath")
@@ -53,12 +49,6 @@ class _Part:
     entries: tuple[Entry, ...]
     directory: Path
     check: bool
-
-
-@dataclass(frozen=True)
-class _Packed:
-    shard: Shard
-    fields: tuple[str, ...]
 
 
 def pack(
@@ -93,15 +83,15 @@ def pack(
         for number, first in enumerate(range(0, len(entries), per_shard))
     ]
     packed = []
-    for result in _mapped(parts, processes):
+    for result in mapped(_pack_part, parts, processes):
         packed.append(result)
         if progress:
             progress(sum(one.shard.samples for one in packed), len(entries))
     return _finish(building, out, packed, classes)
 
 
-def _finish(building: Path, out: Path, packed: Sequence[_Packed], classes: tuple[str, ...]) -> Manifest:
-    fields = tuple(sorted({field for one in packed for field in one.fields}))
+def _finish(building: Path, out: Path, packed: Sequence[Indexed], classes: tuple[str, ...]) -> Manifest:
+    fields = all_fields(one.fields for one in packed)
     manifest = Manifest(building, tuple(one.shard for one in packed), fields, classes, {"packed": True})
     manifest.save()
     for leftover in building.glob("*.done"):
@@ -134,34 +124,15 @@ def _building(out: Path, entries: Sequence[Entry], per_shard: int) -> Path:
     return building
 
 
-def _mapped(parts: Sequence[_Part], processes: int) -> Iterator[_Packed]:
-    if processes <= 1 or len(parts) == 1:
-        yield from map(_pack_part, parts)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(parts)), context) as executor:
-        try:
-            yield from executor.map(_pack_part, parts)
-        except BaseException:
-            executor.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _pack_part(part: _Part) -> _Packed:
+def _pack_part(part: _Part) -> Indexed:
     path, done = part.directory / part.name, part.directory / f"{part.name}.done"
     if done.exists():
         found = json.loads(done.read_text())
-        return _Packed(Shard(**found["shard"]), tuple(found["fields"]))
+        return Indexed(Shard(**found["shard"]), tuple(found["fields"]))
     write_shard(path, _samples(part))
-    index, digest = index_shard(path)
-    save_index(part.directory, index, digest)
-    shard = Shard(part.name, len(index), index.shard_bytes, digest)
-    content = {
-        "shard": {"name": shard.name, "samples": shard.samples, "bytes": shard.bytes, "sha256": digest},
-        "fields": index.fields,
-    }
-    write_whole(done, json.dumps(content).encode())
-    return _Packed(shard, index.fields)
+    made = add_shard(part.directory, path, part.name)
+    write_whole(done, json.dumps({"shard": made.shard.as_dict(), "fields": made.fields}).encode())
+    return made
 
 
 def _samples(part: _Part) -> Iterator[tuple[str, Mapping[str, bytes]]]:
