@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pydantic
 import torch
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
 from configs.errors import DataError
 from pretrain.evaluators.ranks import rank_and_size, summed
@@ -20,6 +21,9 @@ from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Features, Su
 from pretrain.types import Scores
 
 Array = np.ndarray[Any, Any]
+
+_WORTH_THREADS = 2**20
+"""Below so many values threads cost more than they save: a hundredfold on a busy machine."""
 
 
 class FewShotConfig(EvaluatorConfig):
@@ -48,7 +52,8 @@ class FewShot:
         for number in range(rank, len(tasks), size):
             shots, draw = tasks[number]
             chosen = draw_labels(y, shots, seed=self.config.seed, draw=draw)
-            accuracy[number] = _accuracy(x[chosen], y[chosen], test_x, test_y, self.config.c)
+            with threadpool_limits(1 if x[chosen].size < _WORTH_THREADS else None):
+                accuracy[number] = _accuracy(x[chosen], y[chosen], test_x, test_y, self.config.c)
         table = 100 * summed(accuracy).reshape(len(self.config.shots), self.config.draws).cpu()
         values = {f"top1_at_{n}": float(row.mean()) for n, row in zip(self.config.shots, table, strict=True)}
         draws = {f"top1_at_{n}": row.tolist() for n, row in zip(self.config.shots, table, strict=True)}
@@ -80,5 +85,10 @@ def _standardised(learn: Features, judge: Features) -> tuple[Array, Array, Array
 def _accuracy(x: Array, y: Array, test_x: Array, test_y: Array, c: float) -> float:
     from sklearn.linear_model import LogisticRegression
 
+    if x.shape[1] > len(x):
+        # The weights lie in the span of the labelled samples, and the L2 penalty doesn't see a rotation:
+        # the same classifier is found in as many dimensions as there are samples.
+        left, scale, directions = np.linalg.svd(x, full_matrices=False)
+        x, test_x = left * scale, test_x @ directions.T
     model = LogisticRegression(C=c, max_iter=5000).fit(x, y)
     return float((model.predict(test_x) == test_y).mean())

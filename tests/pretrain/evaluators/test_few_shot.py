@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from configs.errors import DataError
-from pretrain.evaluators.few_shot import FewShotConfig, _standardised, draw_labels
+from pretrain.evaluators.few_shot import FewShotConfig, _accuracy, _standardised, draw_labels
 from pretrain.evaluators.subject import Features, RawPixels, Subject
 
 
@@ -55,6 +55,20 @@ def test_more_labels_help_and_nothing_depends_on_scale(digits: Path, pixels: Sub
     assert 45 < values["top1_at_1"] < values["top1_at_5"] < values["top1_at_10"] < 95
     louder = replace(pixels, encode=lambda images: 1000 * small(images) + 3, _seen={})
     assert config.build()(louder).values == pytest.approx(values, abs=0.5)
+
+
+def test_fewer_labels_than_features_takes_a_short_cut_to_the_same_classifier() -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    generator = np.random.default_rng(0)
+    y, test_y = np.arange(30) % 3, np.arange(300) % 3
+    x, test_x = (generator.normal(size=(len(t), 200)) + 0.15 * t[:, None] for t in (y, test_y))
+    plain = LogisticRegression(C=0.1, max_iter=5000).fit(x, y)
+    expected = (plain.predict(test_x) == test_y).mean()
+    assert 0.4 < expected < 0.95
+    assert _accuracy(x, y, test_x, test_y, 0.1) == pytest.approx(
+        expected, abs=0.007
+    )  # two of 300 may be ties
 
 
 def test_features_without_information_are_at_chance(digits: Path, pixels: Subject) -> None:
