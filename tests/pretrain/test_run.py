@@ -106,7 +106,7 @@ def test_stopping_and_resuming_changes_nothing(
 def test_killed_at_a_random_step_is_the_uninterrupted_run(
     ranks: Ranks, tmp_path: Path, digits: Path, nproc: int
 ) -> None:
-    """A kill -9 of `keel train` itself: its ranks go with it, and the next start loses and repeats nothing."""
+    """A kill -9 of `keel train` takes its ranks along; the next start loses and repeats nothing."""
     overrides = ["checkpoint.every=5 steps", "data.workers=1"]
     root, kill_step = tmp_path / "killed", random.randint(2, 22)
     manifest = f"data.manifest={digits}/train/manifest.json"
@@ -136,7 +136,7 @@ def test_killed_at_a_random_step_is_the_uninterrupted_run(
 
 
 BAD = {
-    "train.batch_size=33": (2, "train.batch_size: 33 can't be shared equally by 2 ranks; use a multiple of 2"),
+    "train.batch_size=33": (2, "train.batch_size: 33 can't be shared equally by 2 ranks; use a multiple"),
     "train.micro_batch_size=5": (2, "train.micro_batch_size: 5 doesn't divide a rank's share of 16"),
     "optimizer.warmup=25 steps": (1, "optimizer.warmup: 25 steps is 25 steps"),
     "train.precision=fp16": (1, "train.precision: fp16 needs a GPU"),
