@@ -32,6 +32,12 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 
 
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")]
+Ranks = Annotated[int, typer.Option("--nproc", min=1, help="ranks on this machine")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+Step = Annotated[int | None, typer.Option(help="of the checkpoint; without it the newest")]
+
+
 @app.callback()
 def _options() -> None:
     """Tar shards in, a pretrained timm backbone out."""
@@ -39,9 +45,13 @@ def _options() -> None:
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="a YAML file, or one that ships with keel: demo/mae")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="ranks on this machine")] = 1,
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="a YAML file, or one that ships with keel: demo/mae")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")
+    ] = None,
+    nproc: Ranks = 1,
 ) -> None:
     """Train, or go on where the run folder's newest checkpoint left off."""
     from configs.loading import load
@@ -60,9 +70,11 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="run folder")],
-    settings: Annotated[list[str] | None, typer.Argument(metavar="[kind=knn data=... k=10]")] = None,
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; without it the newest")] = None,
+    run: Run,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=VALUE", help="one evaluation: kind=knn data=DIR k=10")
+    ] = None,
+    step: Step = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON list on standard output")] = False,
 ) -> None:
     """Judge a trained encoder: by the run's own evaluations, or by the one given."""
@@ -73,9 +85,9 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="run folder")],
+    run: Run,
     to: Annotated[Path, typer.Option(help="folder to make, for timm's local-dir:")],
-    step: Annotated[int | None, typer.Option(help="of the checkpoint; without it the newest")] = None,
+    step: Step = None,
     force: Annotated[bool, typer.Option("--force", help="replace an older export there")] = False,
     licence: Annotated[str, typer.Option(help="of the weights, for the model card")] = "other",
 ) -> None:
@@ -91,8 +103,10 @@ def export(
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="run folder")] = DEMO,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...")] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="ranks on this machine")] = 2,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")
+    ] = None,
+    nproc: Ranks = 2,
 ) -> None:
     """The whole of keel in a few minutes: digits to shards, a small MAE, its evaluation, a timm export."""
     from launch.demo import run
@@ -103,7 +117,7 @@ def demo(
 def main() -> None:
     """The `keel` command: a user's error is a line, our own keeps its traceback."""
     try:
-        app()
+        app(prog_name="keel")
     except UserError as error:
         print(as_lines(error), file=sys.stderr)
         sys.exit(USERS_INPUT)
