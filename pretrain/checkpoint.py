@@ -1,18 +1,29 @@
-"""When to save, under which name, and which checkpoint a run goes on from.
+"""When to save, under which name, what to keep, and which checkpoint a run goes on from.
 
-    RUN/checkpoints/step-00001000-a02/    written by attempt 2 at applied step 1000
+    RUN/checkpoints/step-00001000-a02/               written by attempt 2 at applied step 1000
+                    .unfinished-step-00002000-a02/   being written, or left by a crash
+                    pins.json                        names that are never removed, by reason
 
 A folder is written under a temporary name, flushed to disk, and published by one rename. What is under a
 published name is whole, or was damaged later, which its sizes and checksums tell.
+
+Only the newest attempt publishes: it claims its number, then removes what older ones have unfinished
+(`sweep`), then chooses where to go on from (`latest`). An older incarnation that is still alive finds either
+the claim or no folder to rename.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import logging
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +34,53 @@ from configs.errors import RunError
 from configs.loading import Config
 from pretrain.collectives import Agreement, from_main
 from pretrain.engines import storage
-from pretrain.types import Duration, Engine, Progress, StepReport, StopReason
+from pretrain.types import Duration, Engine, Progress, StagedState, StepReport, StopReason
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(?P<step>\d{8,})-a(?P<attempt>\d{2,})")
 _UNFINISHED = ".unfinished-"
+_PINS = "pins.json"
+
+Tell = Callable[[Progress, Mapping[str, float]], None]
 
 
 class CheckpointConfig(Config):
-    """When a run is saved, besides its end."""
+    """When a run is saved, besides its end, and what stays."""
 
     every: Duration = Duration(10, "min")
-    keep: int = pydantic.Field(3, ge=1)  # newest ones; older are removed
+    keep: int = pydantic.Field(3, ge=1)  # newest ones; older are removed, pinned ones aside
+    keep_every: Duration | None = None  # the first of each such period stays for good
 
-    @pydantic.field_validator("every")
+    @pydantic.field_validator("every", "keep_every")
     @classmethod
-    def _positive(cls, every: Duration) -> Duration:
-        if every.amount == 0:
+    def _positive(cls, duration: Duration | None) -> Duration | None:
+        if duration is not None and duration.amount == 0:
             raise ValueError("must be more than nothing")
-        return every
+        return duration
+
+    @pydantic.field_validator("keep_every")
+    @classmethod
+    def _countable(cls, duration: Duration | None) -> Duration | None:
+        if duration is not None and duration.unit == "min":
+            raise ValueError("is measured in steps, samples or epochs, not in minutes")
+        return duration
 
 
-def published(run_dir: Path) -> list[Path]:
-    """Folders with a checkpoint's name, the newest first: by attempt, then by step."""
+@dataclass(frozen=True, order=True)
+class Published:
+    """A folder with a checkpoint's name. Ordered by age: by attempt, then by step."""
 
-    def age(path: Path) -> tuple[int, int]:
-        found = _NAME.fullmatch(path.name)
-        assert found is not None
-        return int(found["attempt"]), int(found["step"])
+    attempt: int
+    step: int
+    path: Path = field(compare=False)
 
+
+def published(run_dir: Path) -> list[Published]:
+    """Folders with a checkpoint's name, the newest first."""
     folder = run_dir / "checkpoints"
-    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(named, key=age, reverse=True)
+    found = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted((Published(int(n["attempt"]), int(n["step"]), p) for p, n in found if n), reverse=True)
 
 
 def latest(run_dir: Path) -> Path | None:
@@ -65,15 +90,15 @@ def latest(run_dir: Path) -> Path | None:
     is for the user to decide.
     """
     candidates = published(run_dir)
-    for path in candidates:
-        problem = storage.damage(path)
+    for candidate in candidates:
+        problem = storage.damage(candidate.path)
         if problem is None:
-            return path
-        log.warning("checkpoint %s is damaged and passed over: %s", path.name, problem)
+            return candidate.path
+        log.warning("checkpoint %s is damaged and passed over: %s", candidate.path.name, problem)
     if candidates:
         raise RunError(
-            f"{run_dir / 'checkpoints'}: all {len(candidates)} checkpoints are damaged; newest: {problem};"
-            " restore one, or remove the folder to start from nothing"
+            f"{run_dir / 'checkpoints'}: all {len(candidates)} checkpoints are damaged; newest: {problem}; "
+            "restore one, or remove the folder to start from nothing"
         )
     return None
 
@@ -85,10 +110,69 @@ def read_extra(path: Path) -> dict[str, Any]:
     return extra
 
 
+def sweep(run_dir: Path, attempt: int) -> None:
+    """Remove what earlier attempts left unfinished; whoever of them still lives can't publish it any more."""
+    for left in (run_dir / "checkpoints").glob(f"{_UNFINISHED}*"):
+        name = _NAME.fullmatch(left.name.removeprefix(_UNFINISHED))
+        if name is None or int(name["attempt"]) <= attempt:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def pins(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Reason to {"checkpoint": name, ...}: what pruning leaves alone."""
+    try:
+        found = json.loads((run_dir / "checkpoints" / _PINS).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run_dir / 'checkpoints' / _PINS}: can't be read ({error}); remove it") from error
+    assert isinstance(found, dict)
+    return found
+
+
+def pin(run_dir: Path, reason: str, name: str | None, **facts: Any) -> None:
+    """Keep checkpoint `name` for `reason`, instead of what was kept for it before; None lets go."""
+    folder = run_dir / "checkpoints"
+    if name is not None and not (folder / name).is_dir():
+        raise RunError(f"{folder / name}: no such checkpoint to pin")
+    changed = {key: value for key, value in pins(run_dir).items() if key != reason}
+    if name is not None:
+        changed[reason] = {"checkpoint": name, **facts}
+    beside = folder / f".{_PINS}"
+    beside.write_text(json.dumps(changed, indent=1) + "\n")
+    beside.replace(folder / _PINS)
+
+
+def prune(run_dir: Path, keep: int, keep_every_steps: int | None = None) -> list[str]:
+    """Remove all but the newest `keep` whole checkpoints, the first of each period, and the pinned.
+
+    Gives the names removed. A crash in between leaves nothing half removed under a published name.
+    """
+    found = published(run_dir)
+    kept = {entry["checkpoint"] for entry in pins(run_dir).values()}
+    whole = (each.path.name for each in found if storage.damage(each.path, checksums=False) is None)
+    kept |= set(itertools.islice(whole, keep))
+    if keep_every_steps is not None:
+        period = 0
+        for each in sorted(found, key=lambda p: p.step):
+            if each.step // keep_every_steps > period:
+                period = each.step // keep_every_steps
+                kept.add(each.path.name)
+    removed = [each.path for each in found if each.path.name not in kept]
+    for path in removed:
+        doomed = path.with_name(_UNFINISHED + path.name)
+        with contextlib.suppress(FileNotFoundError):  # somebody else is pruning
+            path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return [path.name for path in removed]
+
+
 class Checkpointer:
     """The listener that saves: when due, and at the end. Constructed and called on every rank alike.
 
-    `start`: where this attempt began; `extra`: what to store besides the engine's state, JSON values.
+    Training waits only for the copy to host memory. A thread writes and publishes, one checkpoint at a time;
+    what fails there is raised on every rank at the same later step. `tell` hears how long training stood
+    still ("checkpoint_stall") and how long the write before took ("checkpoint_write"), in seconds.
     """
 
     def __init__(
@@ -101,81 +185,132 @@ class Checkpointer:
         start: Progress,
         batch_size: int,
         extra: Callable[[Progress], Mapping[str, Any]],
+        tell: Tell | None = None,
     ) -> None:
-        self.folder, self.engine, self.attempt, self.extra = run_dir / "checkpoints", engine, attempt, extra
-        self.config, self.clock = config, _Clock(config.every, start, batch_size)
+        """`start`: where this attempt began; `extra`: what to store beside the engine's state, as JSON."""
+        self.config, self.run_dir, self.engine, self.attempt = config, run_dir, engine, attempt
+        self.extra, self.tell = extra, tell
+        self.folder = run_dir / "checkpoints"
+        self.clock = _Clock(config.every, start, batch_size)
+        self.agreement = Agreement()
         self.saved = start.step if start.step else None  # where this attempt began is saved already
-        from_main(self._sweep)
+        period = config.keep_every
+        self.keep_every = None if period is None else period.steps(batch_size, start.dataset_size)
+        self.writing: _Writing | None = None
+        self.wrote: float | None = None  # seconds the last write took
+        from_main(self._prepare)
+
+    def _prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sweep(self.run_dir, self.attempt)
 
     def after_step(self, report: StepReport) -> None:
-        if self.clock.due(report.progress):
+        """Save when due. Raises what an earlier write failed of."""
+        failed = self.writing is not None and self.writing.failed
+        agreed = self.agreement.exchange(_FAILED if failed else _DUE if self.clock.rings() else 0)
+        if agreed == _FAILED:
+            self.wait()
+            raise RunError(f"{self.folder}: a rank could not write a checkpoint; see its log")
+        if self.clock.due(report.progress) or agreed == _DUE:
             self.save(report.progress)
 
     def finish(self, progress: Progress, reason: StopReason) -> None:
+        """Save, and wait until it is on disk."""
         self.save(progress)
-        self.clock.close()
+        self.wait()
+        self.agreement.settle()
 
     def save(self, progress: Progress) -> None:
-        """Write and publish; collective. Does nothing at a step that is saved already."""
+        """Copy the state and begin to write it; collective. Does nothing at a step that is saved already."""
         self.clock.restart()
         if progress.step == self.saved:
             return
+        started = time.perf_counter()
+        self.wait()
+        staged = self.engine.stage(self.extra(progress))
         name = f"step-{progress.step:08d}-a{self.attempt:02d}"
         unfinished = self.folder / f"{_UNFINISHED}{name}"
-        try:
-            self.engine.save(unfinished, self.extra(progress))
-        except RunError:
-            from_main(lambda: shutil.rmtree(unfinished, ignore_errors=True))
-            raise
-        from_main(lambda: self._publish(unfinished, self.folder / name))
+        self.writing = _Writing(staged, unfinished, lambda: self._publish(unfinished, self.folder / name))
         self.saved = progress.step
+        if self.tell is not None:
+            stall = {"checkpoint_stall": time.perf_counter() - started}
+            self.tell(progress, stall | ({} if self.wrote is None else {"checkpoint_write": self.wrote}))
+
+    def wait(self) -> None:
+        """Until nothing is being written; collective. Raises what the write failed of, and cleans up."""
+        if self.writing is None:
+            return
+        writing, self.writing = self.writing, None
+        try:
+            writing.result()
+        except Exception:
+            shutil.rmtree(writing.directory, ignore_errors=True)
+            raise
+        self.wrote = writing.seconds
+        log.info("%s written in %.1f s", writing.directory.name.removeprefix(_UNFINISHED), self.wrote)
 
     def _publish(self, unfinished: Path, path: Path) -> None:
+        """On rank 0, in the writing thread."""
+        newest = max((int(p.name[1:]) for p in (self.run_dir / ".attempts").glob("a*")), default=0)
+        if newest > self.attempt:
+            raise RunError(f"attempt {newest} has taken over; attempt {self.attempt} publishes nothing more")
         unfinished.rename(path)
         storage.flush_folder(self.folder)
-        for old in published(self.folder.parent)[self.config.keep :]:
-            self._remove(old)
+        prune(self.run_dir, self.config.keep, self.keep_every)
 
-    def _remove(self, path: Path) -> None:
-        """Rename first: a crash in the middle must not leave a part under a published name."""
-        doomed = path.with_name(_UNFINISHED + path.name)
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
 
-    def _sweep(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for left in self.folder.glob(f"{_UNFINISHED}*"):
-            shutil.rmtree(left, ignore_errors=True)
+_DUE, _FAILED = 1, 2
+
+
+class _Writing:
+    """One checkpoint on its way to disk, in a thread that dies with the process."""
+
+    def __init__(self, staged: StagedState, directory: Path, then: Callable[[], None]) -> None:
+        self.directory, self.seconds = directory, 0.0
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._write, args=(staged, then), daemon=True)
+        self._thread.start()
+
+    def _write(self, staged: StagedState, then: Callable[[], None]) -> None:
+        started = time.perf_counter()
+        try:
+            staged.write(self.directory, then)
+        except Exception as error:
+            self._error = error
+        self.seconds = time.perf_counter() - started
+
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def result(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
 
 
 class _Clock:
-    """Tells when a duration has passed since the last save, the same on every rank."""
+    """Tells when a duration has passed since the last save."""
 
     def __init__(self, every: Duration, start: Progress, batch_size: int) -> None:
         self.every, self.batch_size = every, batch_size
         self.seen = self._periods(start)
-        self.agreement = Agreement() if every.unit == "min" else None
         self.restart()
 
     def restart(self) -> None:
-        self.started, self.asked = time.monotonic(), False
+        self.started, self.rung = time.monotonic(), False
+
+    def rings(self) -> bool:
+        """Once, on rank 0, when the minutes are over: the others hear of it by agreement."""
+        if self.every.unit != "min" or self.rung or (dist.is_initialized() and dist.get_rank() != 0):
+            return False
+        self.rung = time.monotonic() - self.started >= 60 * self.every.amount
+        return self.rung
 
     def due(self, progress: Progress) -> bool:
-        if self.agreement is not None:
-            return self._minutes_due(self.agreement)
+        """Whether a period of steps, samples or epochs was completed; the same on every rank."""
         before, self.seen = self.seen, self._periods(progress)
         return self.seen > before
-
-    def close(self) -> None:
-        if self.agreement is not None:
-            self.agreement.settle()
-
-    def _minutes_due(self, agreement: Agreement) -> bool:
-        """Rank 0's clock counts; the others hear of it a step later, and rank 0 acts with them."""
-        main = not dist.is_initialized() or dist.get_rank() == 0
-        ask = main and not self.asked and time.monotonic() - self.started >= 60 * self.every.amount
-        self.asked = self.asked or ask
-        return bool(agreement.exchange(int(ask)))
 
     def _periods(self, progress: Progress) -> int:
         """Whole periods up to `progress`, counted from the start of the run and not of the attempt."""

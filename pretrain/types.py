@@ -192,6 +192,16 @@ class StepSettings:
     weight_decay: float
 
 
+class StagedState(Protocol):
+    """The state of a run in host memory, which training no longer touches."""
+
+    def write(self, directory: Path, then: Callable[[], None] | None = None) -> None:
+        """Collectively write it into an empty folder, then call `then` on rank 0; may run in another thread.
+
+        Raises the same `RunError` on every rank where one of them failed.
+        """
+
+
 class Engine(Protocol):
     """What the loop needs of a distributed training engine. DeepSpeed is one; nothing else knows it."""
 
@@ -207,6 +217,9 @@ class Engine(Protocol):
 
     def whole_parameters(self) -> AbstractContextManager[nn.Module]:
         """The objective with every parameter whole on every rank, for reading (evaluation, pictures)."""
+
+    def stage(self, extra: Mapping[str, Any]) -> StagedState:
+        """Collectively copy to host memory what `save` writes; to be written before the next is staged."""
 
     def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
         """Collectively write model, buffers, moments and counters, with `extra` (JSON values) beside them."""

@@ -7,6 +7,7 @@ and step counts, loss scale, each rank's random states, and the caller's `extra`
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from torch import Tensor
 from configs.errors import RunError
 from pretrain.engines import fragments, storage
 from pretrain.engines.storage import Fragment
+
+log = logging.getLogger(__name__)
 
 CUT_FROM = 2**16
 """Elements from which a tensor that every rank holds is written in equal parts by all of them."""
@@ -45,7 +48,9 @@ class Staged:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             own = storage.write_fragments(directory, rank, self.fragments)
-        except OSError as error:
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            if not isinstance(error, OSError):
+                log.exception("rank %d can't write its part of %s", rank, directory)
             own = f"rank {rank}: {error}"
         told: list[Any] = [None] * ranks
         dist.all_gather_object(told, own, group=self.group)
@@ -55,7 +60,9 @@ class Staged:
                 storage.write_index(directory, told, self.shapes, self.state)
                 if then is not None:
                     then()
-            except (OSError, RunError) as error:
+            except Exception as error:
+                if not isinstance(error, OSError | RunError):
+                    log.exception("rank 0 can't publish %s", directory)
                 problems = [f"rank 0: {error}"]
         outcome = [problems]
         dist.broadcast_object_list(outcome, src=0, group=self.group)

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,20 @@ START = Progress(step=0, samples=0, total_steps=1000, dataset_size=40)
 class FakeEngine:
     """Saves one small tensor; enough to publish."""
 
-    def save(self, directory: Path, extra: dict[str, Any]) -> None:
+    def stage(self, extra: dict[str, Any]) -> FakeStaged:
+        return FakeStaged(extra)
+
+
+class FakeStaged:
+    def __init__(self, extra: dict[str, Any]) -> None:
+        self.extra = extra
+
+    def write(self, directory: Path, then: Callable[[], None] | None = None) -> None:
         directory.mkdir(parents=True)
         file = storage.write_fragments(directory, 0, [storage.Fragment("model/w", torch.ones(100), 0, 100)])
-        storage.write_index(directory, [file], {}, {"extra": extra})
+        storage.write_index(directory, [file], {}, {"extra": self.extra})
+        assert then is not None
+        then()
 
 
 def checkpointer(
@@ -56,7 +67,7 @@ def report(step: int) -> StepReport:
 
 
 def steps(run: Path) -> list[str]:
-    return [path.name for path in published(run)]
+    return [each.path.name for each in published(run)]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +78,7 @@ def test_saves_when_due(tmp_path: Path, every: str, expected: list[int]) -> None
     saver = checkpointer(tmp_path, every, keep=100)
     for step in range(1, 14):
         saver.after_step(report(step))
+    saver.wait()
     assert [int(name[5:13]) for name in reversed(steps(tmp_path))] == expected
 
 
@@ -74,6 +86,7 @@ def test_periods_count_from_the_start_of_the_run_and_not_of_the_attempt(tmp_path
     saver = checkpointer(tmp_path, "10 steps", attempt=2, start=Progress(7, 56, 1000, 40))
     for step in range(8, 12):
         saver.after_step(report(step))
+    saver.wait()
     assert steps(tmp_path) == ["step-00000010-a02"]
 
 
@@ -83,7 +96,7 @@ def test_saves_at_the_end_once(tmp_path: Path) -> None:
     saver.finish(report(10).progress, "done")
     saver.finish(report(13).progress, "interrupted")
     assert steps(tmp_path) == ["step-00000013-a01", "step-00000010-a01"]
-    assert read_extra(published(tmp_path)[0]) == {"step": 13}
+    assert read_extra(published(tmp_path)[0].path) == {"step": 13}
 
 
 def test_an_attempt_that_goes_nowhere_saves_nothing(tmp_path: Path) -> None:
@@ -107,7 +120,8 @@ def saves_by_the_minute(run: Path) -> list[str]:
         if step == (3 if here.rank == 0 else 1):
             saver.clock.started -= 120
         saver.after_step(report(step))
-    saver.clock.close()
+    saver.wait()
+    saver.agreement.settle()
     engine.close()
     processes.stop()
     return steps(run)
@@ -117,14 +131,15 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     saver = checkpointer(tmp_path, "1 steps", keep=2)
     for step in range(1, 6):
         saver.after_step(report(step))
+    saver.wait()
     assert steps(tmp_path) == ["step-00000005-a01", "step-00000004-a01"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
 def test_newest_is_the_last_attempts(tmp_path: Path) -> None:
     """An attempt that went back behind a damaged checkpoint must go on from its own."""
-    checkpointer(tmp_path).save(report(20).progress)
-    checkpointer(tmp_path, attempt=2).save(report(15).progress)
+    checkpointer(tmp_path).finish(report(20).progress, "interrupted")
+    checkpointer(tmp_path, attempt=2).finish(report(15).progress, "interrupted")
     assert latest(tmp_path) == tmp_path / "checkpoints" / "step-00000015-a02"
 
 
@@ -142,7 +157,8 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(
     saver = checkpointer(tmp_path)
     saver.save(report(10).progress)
     saver.save(report(20).progress)
-    newest = published(tmp_path)[0]
+    saver.wait()
+    newest = published(tmp_path)[0].path
     file = newest / "rank-00000.safetensors"
     content = file.read_bytes()
     match damage:
@@ -177,6 +193,7 @@ def killed_at(point: str, run: Path, victim: int) -> list[float]:
     )
     losses = train(engine, objective, 0, 2)
     saver.after_step(report(2))
+    saver.wait()
     losses += train(engine, objective, 2, 4)
 
     def die(*_: Any, **__: Any) -> Any:
@@ -198,6 +215,7 @@ def killed_at(point: str, run: Path, victim: int) -> list[float]:
             case "in pruning":
                 checkpoint.shutil.rmtree = die  # type: ignore[attr-defined]
     saver.after_step(report(4))
+    saver.wait()
     return losses
 
 
@@ -229,14 +247,14 @@ def straight_on(run: Path, start: int) -> list[float]:
         assert engine.load(found) == {"step": start}
     Checkpointer(
         CheckpointConfig(), run, engine, attempt=2, start=START, batch_size=BATCH_SIZE, extra=lambda p: {}
-    ).clock.close()
+    ).agreement.settle()
     losses = train(engine, objective, start, 6)
     engine.close()
     processes.stop()
     return losses
 
 
-def save_where_there_is_no_room(run: Path) -> str:
+def save_where_there_is_no_room(run: Path) -> tuple[int, str]:
     engine, _, here = engine_of(1)
     saver = Checkpointer(
         CheckpointConfig(),
@@ -248,22 +266,28 @@ def save_where_there_is_no_room(run: Path) -> str:
         extra=lambda p: {"step": p.step},
     )
     saver.save(report(1).progress)
+    saver.wait()
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     if here.rank == 1:
         storage.save_file = full
+    saver.save(report(2).progress)
+    step = 2
     try:
-        saver.save(report(2).progress)
+        while (step := step + 1) < 1000:  # training goes on until every rank knows
+            saver.after_step(report(step))
+            time.sleep(0.01)
     except RunError as error:
-        return str(error)
-    return "saved"
+        return step, str(error)
+    return step, "trained on"
 
 
 def test_a_full_disk_is_told_on_every_rank_and_leaves_nothing(ranks: Ranks, tmp_path: Path) -> None:
-    for said in ranks(2, save_where_there_is_no_room, run=tmp_path):
-        assert "can't be written: rank 1: [Errno 28] No space left on device" in said
+    (step, said), other = ranks(2, save_where_there_is_no_room, run=tmp_path)
+    assert other == (step, said)
+    assert "can't be written: rank 1: [Errno 28] No space left on device" in said
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001-a01"]
 
 
@@ -281,3 +305,98 @@ def test_a_save_takes_its_time_off_the_clock(tmp_path: Path) -> None:
     before = time.monotonic()
     saver.save(report(3).progress)
     assert saver.clock.started >= before
+
+
+class SlowStaged(FakeStaged):
+    def write(self, directory: Path, then: Callable[[], None] | None = None) -> None:
+        time.sleep(0.3)
+        super().write(directory, then)
+
+
+def test_training_goes_on_while_one_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "stage", lambda self, extra: SlowStaged(extra))
+    told: list[tuple[int, set[str]]] = []
+    saver = checkpointer(tmp_path, "1 steps")
+    saver.tell = lambda progress, seconds: told.append((progress.step, set(seconds)))
+    started = time.monotonic()
+    saver.after_step(report(1))
+    assert time.monotonic() - started < 0.2 and not steps(tmp_path)
+    saver.after_step(report(2))  # waits for the one before
+    assert time.monotonic() - started > 0.3 and steps(tmp_path) == ["step-00000001-a01"]
+    saver.finish(report(2).progress, "done")
+    assert steps(tmp_path) == ["step-00000002-a01", "step-00000001-a01"]
+    assert told == [(1, {"checkpoint_stall"}), (2, {"checkpoint_stall", "checkpoint_write"})]
+
+
+def test_a_stale_incarnation_publishes_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".attempts").mkdir()
+    (tmp_path / ".attempts" / "a01").touch()
+    stale = checkpointer(tmp_path, attempt=1)
+    stale.save(report(10).progress)
+    stale.wait()
+    (tmp_path / ".attempts" / "a02").touch()
+    with pytest.raises(RunError, match="attempt 2 has taken over; attempt 1 publishes nothing"):
+        stale.finish(report(20).progress, "done")
+    assert steps(tmp_path) == ["step-00000010-a01"]
+
+
+def test_a_stale_incarnation_past_the_check_finds_its_folder_gone(tmp_path: Path) -> None:
+    stale = checkpointer(tmp_path, attempt=1)
+
+    def publish_late(unfinished: Path, path: Path) -> None:
+        checkpoint.sweep(tmp_path, attempt=2)  # what attempt 2 does after its claim, before it chooses
+        unfinished.rename(path)
+
+    stale._publish = publish_late  # type: ignore[method-assign]
+    with pytest.raises(FileNotFoundError):
+        stale.finish(report(10).progress, "done")
+    assert steps(tmp_path) == [] and latest(tmp_path) is None
+
+
+def test_sweeping_leaves_newer_attempts_alone(tmp_path: Path) -> None:
+    for name in ("step-00000001-a01", "step-00000001-a02", "step-00000001-a03"):
+        (tmp_path / "checkpoints" / f".unfinished-{name}").mkdir(parents=True)
+    checkpoint.sweep(tmp_path, attempt=2)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [".unfinished-step-00000001-a03"]
+
+
+def test_pruning_keeps_newest_periods_and_pins(tmp_path: Path) -> None:
+    saver = checkpointer(tmp_path, "1 steps", keep=100)
+    for step in range(1, 13):
+        saver.after_step(report(step))
+    saver.wait()
+    checkpoint.pin(tmp_path, "best top1", "step-00000003-a01", value=51.0)
+    checkpoint.pin(tmp_path, "best top1", "step-00000007-a01", value=52.5)
+    removed = checkpoint.prune(tmp_path, keep=2, keep_every_steps=5)
+    assert [int(name[5:13]) for name in steps(tmp_path)] == [12, 11, 10, 7, 5]
+    assert len(removed) == 7
+    assert checkpoint.pins(tmp_path) == {"best top1": {"checkpoint": "step-00000007-a01", "value": 52.5}}
+    checkpoint.pin(tmp_path, "best top1", None)
+    assert checkpoint.prune(tmp_path, keep=2, keep_every_steps=5) == ["step-00000007-a01"]
+    with pytest.raises(RunError, match="step-00000099-a01: no such checkpoint"):
+        checkpoint.pin(tmp_path, "mine", "step-00000099-a01")
+
+
+def test_pruning_counts_whole_checkpoints_only(tmp_path: Path) -> None:
+    saver = checkpointer(tmp_path, "1 steps", keep=100)
+    for step in range(1, 4):
+        saver.after_step(report(step))
+    saver.wait()
+    (tmp_path / "checkpoints" / "step-00000003-a01" / storage.INDEX).unlink()
+    checkpoint.prune(tmp_path, keep=1)
+    assert steps(tmp_path) == ["step-00000002-a01"]
+
+
+def test_keep_every_is_counted_in_steps(tmp_path: Path) -> None:
+    config = CheckpointConfig(every=Duration(1, "steps"), keep=1, keep_every=Duration(1, "epochs"))  # 5 steps
+    saver = Checkpointer(
+        config, tmp_path, FakeEngine(), attempt=1, start=START, batch_size=8, extra=lambda p: {}
+    )  # type: ignore[arg-type]
+    for step in range(1, 13):
+        saver.after_step(report(step))
+    saver.wait()
+    assert [int(name[5:13]) for name in steps(tmp_path)] == [12, 10, 5]
+    with pytest.raises(ConfigError, match=r"keep_every.*not in minutes"):
+        validate({"keep_every": "5 min"}, CheckpointConfig, "x.yaml")
