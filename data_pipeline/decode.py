@@ -22,6 +22,7 @@ MAX_PIXELS = 100_000_000
 # Pillow's other formats include some that call programs or have a record of memory errors.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
 _JPEG = b"\xff\xd8\xff"
+_PNG = b"\x89PNG"
 _HEAD = 65_536  # bytes in which an EXIF block of a JPEG lies
 
 
@@ -91,6 +92,8 @@ def _turned(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _decode_other(data: bytes, max_pixels: int) -> Pixels:
+    if data[:4] == _PNG and b"IEND" not in data:
+        raise DecodeError("truncated: it has no end mark")  # Pillow makes up rows that are missing
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

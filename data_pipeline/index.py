@@ -144,7 +144,7 @@ def _members(file: BinaryIO, path: Path) -> list[_Member]:
                     members.append(_Member(*named, member.offset_data, member.size))
             end = tar.offset
     except tarfile.TarError as error:
-        if size % _BLOCK or "unexpected end" in str(error):
+        if members:
             raise DataError(_cut(path, size, str(error))) from None
         raise DataError(
             f"{path}: not a plain tar file ({error}); compressed tars have to be unpacked"

@@ -157,8 +157,12 @@ class WorkerPool:
     def _forked(self) -> Connection:
         """A new worker's connection. Doesn't wait for the worker."""
         ours, theirs = socket.socketpair()
-        socket.send_fds(self._control, [FORK], [theirs.fileno()])
-        theirs.close()
+        with theirs:
+            try:
+                socket.send_fds(self._control, [FORK], [theirs.fileno()])
+            except OSError:
+                ours.close()
+                raise
         return Connection(ours.detach())
 
     def _stop_nursery(self) -> None:

@@ -126,10 +126,9 @@ class Reader:
             while len(data) < size:  # a read may be short on some file systems
                 more = os.pread(opened.descriptor, size - len(data), start + len(data))
                 if not more:
-                    self._drop(shard)
                     raise ShardError(
-                        f"{opened.path}: truncated shard: {start + len(data)} bytes, the manifest says "
-                        f"{opened.index.shard_bytes}; fetch or pack it again"
+                        f"{opened.path}: truncated shard: {os.fstat(opened.descriptor).st_size} bytes, the "
+                        f"manifest says {opened.index.shard_bytes}; fetch or pack it again"
                     )
                 data += more
         except OSError as error:

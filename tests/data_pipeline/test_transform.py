@@ -1,0 +1,101 @@
+"""The worker half equals Pillow and torchvision, and draws from the sample's seed alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.hashing import sample_seed
+from data_pipeline.transform import WorkerHalf, center_view, random_box, resized
+from data_pipeline.types import CenterCrop, RandomResizedCrop, ViewSpec
+from tests.data_pipeline.sets import photograph
+
+PHOTO = photograph(362, 387)
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("size", [(224, 224), (96, 160), (32, 32), (500, 410), (362, 200)])
+def test_the_resize_is_pillows(interpolation: str, size: tuple[int, int]) -> None:
+    ours = resized(PHOTO, size, interpolation)[0].permute(1, 2, 0).numpy().astype(int)
+    theirs = np.asarray(Image.fromarray(PHOTO).resize(size[::-1], FILTERS[interpolation]))
+    assert np.abs(ours - theirs).max() <= 2
+    assert np.abs(ours - theirs).mean() < 0.05
+
+
+def views(flip: float = 0.5, count: int = 1) -> list[ViewSpec]:
+    return [ViewSpec((48, 64), RandomResizedCrop((0.2, 1.0)), flip=flip) for _ in range(count)]
+
+
+def made(half: WorkerHalf, seeds: np.ndarray, view: int = 0) -> torch.Tensor:
+    out = torch.empty(len(seeds), 3, *half.views[view].size, dtype=torch.uint8)
+    for row, numbers in enumerate(half.numbers(seeds)[view].tolist()):
+        half.apply(PHOTO, view, numbers, out[row])
+    return out
+
+
+def test_pixels_follow_from_the_seed_alone() -> None:
+    half, seeds = WorkerHalf(views(count=2)), sample_seed(1, 0, 0, np.arange(12))
+    whole = made(half, seeds)
+    assert torch.equal(whole[5:], made(half, seeds[5:]))
+    assert not torch.equal(whole, made(half, sample_seed(1, 1, 0, np.arange(12))))
+    assert not torch.equal(whole, made(half, seeds, view=1))
+    assert len({image.numpy().tobytes() for image in whole}) == 12
+
+
+def test_flips() -> None:
+    seeds = sample_seed(0, 0, 0, np.arange(4))
+    plain, flipped = made(WorkerHalf(views(0.0)), seeds), made(WorkerHalf(views(1.0)), seeds)
+    assert torch.equal(plain, flipped.flip(3))
+    half = WorkerHalf(views(0.3))
+    chances = half.numbers(sample_seed(0, 0, 0, np.arange(4000)))[0][:, 0] < 0.3
+    assert abs(chances.mean() - 0.3) < 0.03
+
+
+def test_boxes_are_spread_like_torchvisions() -> None:
+    """Area, aspect and place of 4,000 boxes each, compared by their deciles."""
+    from torchvision.transforms import RandomResizedCrop as Theirs
+
+    crop = RandomResizedCrop((0.08, 1.0), (3 / 4, 4 / 3))
+    numbers = WorkerHalf([ViewSpec((9, 9), crop)]).numbers(sample_seed(3, 0, 0, np.arange(4000)))[0]
+    ours = [random_box(300, 200, crop, row[1:]) for row in numbers.tolist()]
+    torch.manual_seed(0)
+    image = torch.empty(3, 300, 200)
+    theirs = [Theirs.get_params(image, list(crop.scale), list(crop.ratio)) for _ in range(4000)]
+    a = np.array([(box.height * box.width, box.width / box.height, box.top, box.left) for box in ours], float)
+    b = np.array([(h * w, w / h, top, left) for top, left, h, w in theirs], float)
+    for column, spread in zip(range(4), (60_000, 0.6, 150, 100), strict=True):
+        deciles = [np.quantile(x[:, column], np.linspace(0.1, 0.9, 9)) for x in (a, b)]
+        assert np.abs(deciles[0] - deciles[1]).max() < 0.06 * spread
+    for box in ours:
+        assert min(box.top, box.left) >= 0
+        assert box.top + box.height <= 300 and box.left + box.width <= 200
+
+
+def test_a_box_that_never_fits_is_central() -> None:
+    box = random_box(10, 1000, RandomResizedCrop((0.9, 1.0)), [0.5] * 40)
+    assert (box.top, box.height, box.width, box.left) == (0, 10, 13, 493)
+
+
+@pytest.mark.parametrize(("size", "fraction"), [((224, 224), 0.875), ((96, 64), 1.0), ((32, 32), 0.5)])
+def test_the_centre_is_torchvisions(size: tuple[int, int], fraction: float) -> None:
+    from torchvision.transforms import functional
+
+    view = ViewSpec(size, CenterCrop(fraction), flip=0)
+    ours = center_view(PHOTO, view, fraction)[0].permute(1, 2, 0).numpy().astype(int)
+    scale = max(size[0] / 362, size[1] / 387) / fraction
+    image = Image.fromarray(PHOTO).resize((round(387 * scale), round(362 * scale)), Image.Resampling.BICUBIC)
+    theirs = np.asarray(functional.center_crop(image, list(size)))
+    assert np.abs(ours - theirs).max() <= 2
+
+
+def test_tiny_pictures() -> None:
+    half = WorkerHalf([*views(), ViewSpec((8, 8), CenterCrop())])
+    for shape in ((1, 1), (1, 50), (50, 1)):
+        for view in (0, 1):
+            out = torch.empty(3, *half.views[view].size, dtype=torch.uint8)
+            row = half.numbers(sample_seed(0, 0, 0, np.arange(1)))[view].tolist()[0]
+            half.apply(np.full((*shape, 3), 7, np.uint8), view, row, out)
+            assert (out == 7).all()
