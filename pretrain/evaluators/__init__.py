@@ -9,7 +9,7 @@ import pkgutil
 
 from pretrain.evaluators.subject import EvaluatorConfig
 
-_MACHINERY = frozenset({"ranks", "subject", "schedule"})
+_MACHINERY = frozenset({"features", "ranks", "subject", "schedule"})
 
 
 def kinds() -> list[str]:

@@ -16,8 +16,9 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
 from configs.errors import DataError
+from pretrain.evaluators.features import Features, standardised
 from pretrain.evaluators.ranks import rank_and_size, summed
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Features, Subject
+from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
 from pretrain.types import Scores
 
 Array = np.ndarray[Any, Any]
@@ -46,7 +47,7 @@ class FewShot:
     def __call__(self, subject: Subject) -> Scores:
         learn, judge = self.config.learn_and_judge(subject)
         rank, size = rank_and_size()
-        x, y, test_x, test_y = _standardised(learn, judge)
+        (x, y), (test_x, test_y) = (_arrays(part) for part in standardised(learn, judge))
         tasks = [(shots, draw) for shots in self.config.shots for draw in range(self.config.draws)]
         accuracy = torch.zeros(len(tasks), dtype=torch.float64, device=subject.device)
         for number in range(rank, len(tasks), size):
@@ -74,12 +75,8 @@ def draw_labels(labels: Array, shots: int, *, seed: int, draw: int) -> Array:
     return np.concatenate(chosen)
 
 
-def _standardised(learn: Features, judge: Features) -> tuple[Array, Array, Array, Array]:
-    mean, deviation = learn.values.mean(dim=0), learn.values.std(dim=0)
-    # A feature that never moves carries nothing: it becomes 0 instead of a division by 0.
-    scale = torch.where(deviation > 1e-6 * (1 + mean.abs()), 1 / deviation.clamp_min(1e-12), 0.0)
-    x, test_x = (((part.values - mean) * scale).double().cpu().numpy() for part in (learn, judge))
-    return x, learn.labels.cpu().numpy(), test_x, judge.labels.cpu().numpy()
+def _arrays(features: Features) -> tuple[Array, Array]:
+    return features.values.double().cpu().numpy(), features.labels.cpu().numpy()
 
 
 def _accuracy(x: Array, y: Array, test_x: Array, test_y: Array, c: float) -> float:

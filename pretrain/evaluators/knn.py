@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from pretrain.evaluators.features import Features
 from pretrain.evaluators.ranks import rank_and_size, summed
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Features, Subject
+from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
 from pretrain.types import Scores
 
 _SIMILARITIES = 2**26

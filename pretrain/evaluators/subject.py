@@ -22,29 +22,12 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
+from pretrain.evaluators.features import Features, fixed_fifth
 from pretrain.evaluators.ranks import gathered_rows, rank_and_size, summed, union
 from pretrain.types import Duration, Objective, Scores
 
 Advance = Callable[[int], None]
 """Called with the number of samples just encoded, for progress bars."""
-
-
-@dataclass(frozen=True)
-class Features:
-    """Frozen features of a labelled set, in the set's own order, whole on every rank."""
-
-    values: Tensor  # (N, D) float32, on the evaluating device
-    labels: Tensor  # (N,) int64, beside them
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def classes(self) -> int:
-        return int(self.labels.max()) + 1
-
-    def pick(self, index: Tensor) -> Features:
-        return Features(self.values[index], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -65,23 +48,17 @@ class Subject:
     _seen: dict[Path, Features] = field(default_factory=dict, repr=False, compare=False)
 
     def features(self, manifest: Path) -> Features:
-        """Frozen features of every sample of a labelled `manifest`. Collective: all ranks call it together.
-
-        Raises `DataError` where the set has no labels.
-        """
+        """Frozen features of every sample of `manifest`. Collective: all ranks call it together."""
         if manifest not in self._seen:
             self._seen[manifest] = self._extract(manifest)
         return self._seen[manifest]
 
     def _extract(self, manifest: Path) -> Features:
-        if not set(LABEL_FIELDS) & set(Manifest.load(manifest).fields):
-            raise DataError(f"{manifest}: has no class labels, which an evaluation of features needs")
         values, labels = [], []
         with self.looking():
             for batch in self.batches(manifest):
-                assert batch.target is not None
                 values.append(self.encode(batch.views[0]).float())
-                labels.append(batch.target)
+                labels.append(torch.full_like(batch.index, -1) if batch.target is None else batch.target)
         own = torch.cat(values) if values else self._no_features()
         target = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=self.device)
         return Features(gathered_rows(own), gathered_rows(target))
@@ -181,8 +158,11 @@ class EvaluatorConfig(Config, ABC):
     def build(self) -> Evaluator: ...
 
     def learn_and_judge(self, subject: Subject) -> tuple[Features, Features]:
-        """Features to learn from and features to be judged on."""
+        """Features to learn from and features to be judged on. Raises `DataError` where one has no labels."""
         *learn, judge = self.manifests()
+        for manifest in (*learn, judge):
+            if not set(LABEL_FIELDS) & set(Manifest.load(manifest).fields):
+                raise DataError(f"{manifest}: has no class labels, which {self.title} needs")
         if not learn:
             return fixed_fifth(subject.features(judge))
         return subject.features(learn[0]), subject.features(judge)
@@ -196,21 +176,6 @@ class EvaluatorConfig(Config, ABC):
                 learn, inside = learn or judge / "train/manifest.json", judge / "val/manifest.json"
             judge = inside
         return [judge] if learn is None else [learn, judge]
-
-
-def fixed_fifth(features: Features, seed: int = 0) -> tuple[Features, Features]:
-    """Cut a labelled set class by class: four fifths to learn from, a fifth (at least one) to judge."""
-    learn, judge = [], []
-    labels = features.labels.cpu().numpy()
-    for label in np.unique(labels):
-        members = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
-        held = max(1, len(members) // 5)
-        judge.append(members[:held])
-        learn.append(members[held:])
-    return tuple(  # type: ignore[return-value]
-        features.pick(torch.from_numpy(np.sort(np.concatenate(part))).to(features.labels.device))
-        for part in (learn, judge)
-    )
 
 
 def mean_over_set(

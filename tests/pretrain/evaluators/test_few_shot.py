@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from configs.errors import DataError
-from pretrain.evaluators.few_shot import FewShotConfig, _accuracy, _standardised, draw_labels
-from pretrain.evaluators.subject import Features, RawPixels, Subject
+from pretrain.evaluators.few_shot import FewShotConfig, _accuracy, draw_labels
+from pretrain.evaluators.subject import RawPixels, Subject
 
 
 def test_draws_are_balanced_seeded_and_nested() -> None:
@@ -31,16 +31,6 @@ def test_draws_are_balanced_seeded_and_nested() -> None:
 def test_a_class_with_too_few_labels_is_named() -> None:
     with pytest.raises(DataError, match="class 3 has 2 labelled samples, 5 asked for"):
         draw_labels(np.array([1] * 9 + [3] * 2), 5, seed=0, draw=0)
-
-
-def test_a_feature_that_never_moves_counts_for_nothing() -> None:
-    values = torch.cat([torch.randn(50, 3), torch.full((50, 1), 1e6)], dim=1)
-    learn = Features(values, torch.arange(50) % 2)
-    x, _, test_x, _ = _standardised(learn, learn.pick(torch.arange(5)))
-    assert np.isfinite(x).all()
-    assert (x[:, 3] == 0).all()
-    assert (test_x[:, 3] == 0).all()
-    np.testing.assert_allclose(x[:, :3].std(axis=0, ddof=1), 1, rtol=1e-5)
 
 
 def small(images: Tensor) -> Tensor:

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from configs.errors import DataError
 from data_pipeline.types import CenterCrop, RandomResizedCrop, ViewSpec
 from pretrain.evaluators import ranks as collectives
+from pretrain.evaluators.features import Features, fixed_fifth, standardised
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.evaluators.subject import (
-    Features,
     RawPixels,
     Subject,
     evaluation_view,
-    fixed_fifth,
     mean_over_set,
     undisturbed,
 )
@@ -103,7 +102,7 @@ def on_a_rank(
 
 def test_ranks_give_what_one_process_gives(digits: Path, ranks: Ranks) -> None:
     (alone,) = ranks(1, on_a_rank, digits=str(digits), batch_size=64)
-    for sums, labels, scores, means in ranks(3, on_a_rank, digits=str(digits), batch_size=50):
+    for sums, labels, scores, means in ranks(2, on_a_rank, digits=str(digits), batch_size=50):
         assert labels == alone[1]
         assert sums == pytest.approx(alone[0], rel=1e-5)
         assert scores == pytest.approx(alone[2])
@@ -130,15 +129,17 @@ def test_a_rank_may_have_nothing_to_give(ranks: Ranks) -> None:
         assert total == 6
 
 
-def test_features_need_labels(tmp_path: Path, pixels: Subject) -> None:
+def test_only_what_needs_labels_asks_for_them(tmp_path: Path, pixels: Subject) -> None:
     from data_pipeline import demo
     from data_pipeline.manifest import Manifest
 
     demo.make(demo.DemoConfig(name="digits"), tmp_path / "d")
     labelled = Manifest.load(tmp_path / "d" / "val")
     Manifest(labelled.directory, labelled.shards, ("png",), ()).save()
-    with pytest.raises(DataError, match="has no class labels"):
-        pixels.features(tmp_path / "d" / "val" / "manifest.json")
+    val = tmp_path / "d" / "val" / "manifest.json"
+    with pytest.raises(DataError, match="has no class labels, which knn needs"):
+        KNNConfig(data=val).build()(pixels)
+    assert (pixels.features(val).labels == -1).all()
 
 
 def test_a_fifth_of_each_class_is_held_back_always_the_same() -> None:
@@ -150,6 +151,16 @@ def test_a_fifth_of_each_class_is_held_back_always_the_same() -> None:
     together = torch.cat([learn.values, judge.values]).flatten().sort().values
     assert torch.equal(together, torch.arange(103.0))
     assert torch.equal(fixed_fifth(features)[1].values, judge.values)
+
+
+def test_a_feature_that_never_moves_counts_for_nothing() -> None:
+    values = torch.cat([torch.randn(50, 3), torch.full((50, 1), 1e6)], dim=1)
+    learn = Features(values, torch.arange(50) % 2)
+    one, other = standardised(learn, learn.pick(torch.arange(5)))
+    assert (one.values[:, 3] == 0).all()
+    assert (other.values[:, 3] == 0).all()
+    assert other.values.isfinite().all()
+    torch.testing.assert_close(one.values[:, :3].std(dim=0), torch.ones(3))
 
 
 def test_the_evaluation_view_shares_the_training_normalisation() -> None:

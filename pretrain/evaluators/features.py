@@ -1,0 +1,50 @@
+"""Frozen features of a set, and what every evaluation of them needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Features:
+    """Frozen features of a set, in the set's own order, whole on every rank."""
+
+    values: Tensor  # (N, D) float32, on the evaluating device
+    labels: Tensor  # (N,) int64, beside them; -1 where the set has none
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> int:
+        return int(self.labels.max()) + 1
+
+    def pick(self, index: Tensor) -> Features:
+        return Features(self.values[index], self.labels[index])
+
+
+def fixed_fifth(features: Features, seed: int = 0) -> tuple[Features, Features]:
+    """Cut a labelled set class by class: four fifths to learn from, a fifth (at least one) to judge."""
+    learn, judge = [], []
+    labels = features.labels.cpu().numpy()
+    for label in np.unique(labels):
+        members = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
+        held = max(1, len(members) // 5)
+        judge.append(members[:held])
+        learn.append(members[held:])
+    return tuple(  # type: ignore[return-value]
+        features.pick(torch.from_numpy(np.sort(np.concatenate(part))).to(features.labels.device))
+        for part in (learn, judge)
+    )
+
+
+def standardised(learn: Features, judge: Features) -> tuple[Features, Features]:
+    """Both by mean and deviation of the first, like BatchNorm(affine=False); what never moves becomes 0."""
+    mean, deviation = learn.values.mean(dim=0), learn.values.std(dim=0)
+    scale = torch.where(deviation > 1e-6 * (1 + mean.abs()), 1 / deviation.clamp_min(1e-12), 0.0)
+    first, second = (Features((part.values - mean) * scale, part.labels) for part in (learn, judge))
+    return first, second
