@@ -171,7 +171,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 def provenance() -> dict[str, Any]:
     """Versions, host and commit, as far as they can be known."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in RECORDED_PACKAGES:
         try:
             versions[name] = version(name)

@@ -68,7 +68,8 @@ def test_all_bad_settings_are_reported_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "bad.yaml",
-        "inner: {widht: 3, depth: many}\nlength: 5 fortnights\ncolour: {name: blue, inner: {width: -1}}\ntop: 1\n",
+        "inner: {widht: 3, depth: many}\nlength: 5 fortnights\n"
+        "colour: {name: blue, inner: {width: -1}}\ntop: 1\n",
     )
     with pytest.raises(ConfigError) as caught:
         load(path, Whole)

@@ -82,9 +82,7 @@ def test_every_trainable_parameter_is_in_one_group_and_gets_a_gradient(name: str
 @pytest.mark.parametrize("name", EVERY)
 def test_bf16_autocast_is_near_fp32(name: str) -> None:
     config, objective = smoke(name), build(name)
-    half = config.objective.build(
-        BuildContext(objective.encoder, (32, 32), 1000, 8, autocast=torch.bfloat16)
-    )
+    half = config.objective.build(BuildContext(objective.encoder, (32, 32), 1000, 8, autocast=torch.bfloat16))
     half.load_state_dict(objective.state_dict())
     whole = objective(batch_for(name), CLOCK).loss
     loss = half(batch_for(name), CLOCK).loss
@@ -113,7 +111,7 @@ def test_pictures_are_images_and_leave_no_trace(name: str) -> None:
     before = {key: value.clone() for key, value in objective.state_dict().items()}
     for picture in objective.pictures(batch).values():
         assert picture.ndim == 3 and picture.shape[0] == 3
-        assert 0 <= picture.min() and picture.max() <= 1
+        assert picture.min() >= 0 and picture.max() <= 1
     for scalar in objective.judge(batch).values():
         assert scalar.shape == () and scalar.isfinite()
     assert all(torch.equal(before[key], value) for key, value in objective.state_dict().items())
@@ -146,7 +144,8 @@ def test_an_objective_from_outside_the_tree(tmp_path, monkeypatch) -> None:  # t
         "        self.encoder, self.gain = context.encoder, config.gain\n"
         "    def forward(self, batch, progress):\n"
         "        feature = self.encoder(batch.views[0]).mean(1)\n"
-        "        return LossOutput((feature - self.gain * batch.views[0].mean((1, 2, 3))).square().mean(), {})\n"
+        "        wanted = self.gain * batch.views[0].mean((1, 2, 3))\n"
+        "        return LossOutput((feature - wanted).square().mean(), {})\n"
         "    def param_groups(self):\n"
         "        return [ParamGroup(list(self.named_parameters()))]\n"
     )

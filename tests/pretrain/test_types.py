@@ -25,7 +25,9 @@ def test_parse(text: str, expected: Duration) -> None:
     assert Duration.parse(str(expected)) == expected
 
 
-@pytest.mark.parametrize("text", ["", "12", "steps", "12 parsecs", "-1 steps", "nan steps", "inf epochs", "1e999 steps"])
+@pytest.mark.parametrize(
+    "text", ["", "12", "steps", "12 parsecs", "-1 steps", "nan steps", "inf epochs", "1e999 steps"]
+)
 def test_nonsense_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="a duration reads"):
         Duration.parse(text)

@@ -95,7 +95,8 @@ def test_hidden_pixels_cannot_be_seen(size: tuple[int, int]) -> None:
     """Changing hidden pixels changes the target, never the prediction."""
     mae, batch = make(size), batch_of(size)
     before, _, masked = mae.reconstruct(batch)
-    assert isinstance(masked, Bool[Tensor, "4 patches"]) and isinstance(before, Float[Tensor, "4 patches 192"])
+    assert isinstance(masked, Bool[Tensor, "4 patches"])
+    assert isinstance(before, Float[Tensor, "4 patches 192"])
     noise = torch.randn_like(before).masked_fill(~masked.unsqueeze(-1), 0)
     rows, columns = mae.grid
     change = noise.reshape(4, rows, columns, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(4, 3, *size)
@@ -106,7 +107,8 @@ def test_hidden_pixels_cannot_be_seen(size: tuple[int, int]) -> None:
 def test_exactly_the_trainable_parameters_get_gradients() -> None:
     mae = make((32, 32))
     mae(batch_of((32, 32)), CLOCK).loss.backward()
-    with_gradient = {name for name, p in mae.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    gradients = {name: p.grad for name, p in mae.named_parameters() if p.grad is not None}
+    with_gradient = {name for name, gradient in gradients.items() if gradient.abs().sum() > 0}
     trainable = {name for name, p in mae.named_parameters() if p.requires_grad}
     assert with_gradient == trainable
     assert "encoder.pos_embed" not in trainable and "encoder.cls_token" in trainable
