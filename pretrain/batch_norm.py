@@ -1,0 +1,130 @@
+"""Whose statistics a batch norm uses: a rank's own, all ranks', or those of fixed groups of samples.
+
+Per-rank statistics make a loss depend on the number of ranks, and let a contrastive method cheat: query and key of
+one image sit in the same batch. `grouped:N` normalises every N consecutive samples of the global batch on their own,
+which is the same arithmetic on one rank and on a thousand.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+from torch.nn import functional
+
+from configs.errors import ConfigError
+from pretrain.collectives import ranks
+
+Kind = Literal["rank", "sync", "grouped"]
+
+
+def parse(text: str) -> tuple[Kind, int]:
+    """("grouped", 8) of "grouped:8"; ("rank", 0) of "rank" and "shuffle", ("sync", 0) of "sync".
+
+    Raises ValueError with what is allowed.
+    """
+    found = re.fullmatch(r"grouped:([1-9]\d*)", text)
+    if found and int(found[1]) > 1:
+        return "grouped", int(found[1])
+    if text in ("rank", "shuffle"):
+        return "rank", 0
+    if text == "sync":
+        return "sync", 0
+    raise ValueError("allowed: shuffle, sync, grouped:N with N of at least 2, such as grouped:8")
+
+
+class GroupedBatchNorm(nn.BatchNorm2d):
+    """Batch norm over groups of `size` consecutive samples; (B, C) or (B, C, H, W), B a multiple of `size`."""
+
+    size: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        if len(input) % self.size:
+            raise ValueError(f"{len(input)} samples can't be cut into groups of {self.size}")
+        groups, channels = len(input) // self.size, input.shape[1]
+        # A group becomes a block of channels, so that one call of the fast kernel normalises all groups.
+        folded = input.unflatten(0, (groups, self.size)).transpose(0, 1).flatten(1, 2)
+        mean = torch.zeros(groups * channels, device=input.device)
+        variance = torch.ones(groups * channels, device=input.device)
+        weight, bias = (None if p is None else p.repeat(groups) for p in (self.weight, self.bias))
+        out = functional.batch_norm(folded, mean, variance, weight, bias, True, 1.0, self.eps)
+        _remember(self, mean.view(groups, channels).mean(0), variance.view(groups, channels).mean(0))
+        return out.unflatten(1, (groups, channels)).transpose(0, 1).flatten(0, 1)
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch norm over the samples of all ranks, on any device; (B, C) or (B, C, H, W), B the same on every rank."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return functional.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        x = input.float()
+        over = [0, *range(2, x.ndim)]
+        moments = torch.stack([x.mean(over), x.square().mean(over)])
+        if ranks() > 1:
+            moments = all_reduce(moments) / ranks()
+        mean, variance = moments[0], (moments[1] - moments[0].square()).clamp(min=0)
+        count = x.numel() // x.shape[1] * ranks()
+        _remember(self, mean.detach(), variance.detach() * count / max(count - 1, 1))
+        shape = (1, -1, *[1] * (x.ndim - 2))
+        scale = (variance + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        return (x * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+
+@torch.no_grad()
+def _remember(layer: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """Move the running statistics, unless this is a second pass over the same samples."""
+    if layer.running_mean is None or layer.running_var is None or recomputing():
+        return
+    assert layer.num_batches_tracked is not None
+    layer.num_batches_tracked += 1
+    momentum = layer.momentum if layer.momentum is not None else 1 / float(layer.num_batches_tracked)
+    layer.running_mean.lerp_(mean, momentum)
+    layer.running_var.lerp_(variance, momentum)
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running this forward again, for activation checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def convert(module: nn.Module, kind: Kind, size: int = 0) -> nn.Module:
+    """Replace every batch norm in `module`, in place; "rank" leaves it as it is.
+
+    Raises `ConfigError` for a batch norm of a kind that can't be replaced.
+    """
+    if kind == "rank":
+        return module
+    for parent in list(module.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, _converted(layer, kind, size))
+    return module
+
+
+def _converted(layer: nn.modules.batchnorm._BatchNorm, kind: Kind, size: int) -> nn.Module:
+    if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+        raise ConfigError(
+            f"objective.batch_norm: {type(layer).__name__} can't be made {kind}; use shuffle, or another encoder"
+        )
+    new: nn.BatchNorm2d = GroupedBatchNorm(1) if kind == "grouped" else SyncBatchNorm(1)
+    new.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_forward")})
+    if isinstance(new, GroupedBatchNorm):
+        new.size = size
+    return new
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
