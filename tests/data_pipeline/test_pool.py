@@ -55,10 +55,10 @@ def test_dead_workers_are_replaced_and_their_samples_made_again(manifest: Manife
         workers = pool(batches)
         os.kill(workers._workers[0].pid, signal.SIGKILL)
         os.kill(workers._workers[1].pid, signal.SIGSEGV)
-        for _ in range(4):
+        for _ in range(8):
             assert equal(next(batches), next(plain))
         os.kill(workers._nursery.pid, signal.SIGKILL)
-        for _ in range(4):
+        for _ in range(8):
             assert equal(next(batches), next(plain))
         assert workers.restarts >= 3
 

@@ -281,8 +281,8 @@ def test_planted_damage_is_all_found(tmp_path: Path) -> None:
     assert not report.whole and json.loads(report.to_json())["whole"] is False
     for shard, reason in (
         (0, "damaged tar header"), (1, "truncated"), (2, "SHA-256"),
-        (2, "sample '000011': field png: payload"), (3, "missing shard"), (4, "can't be decoded"), (4, "label '77'"), (4, "an empty caption"),
-        (4, "no picture"),
+        (2, "sample '000011': field png: payload"), (3, "missing shard"), (4, "can't be decoded"),
+        (4, "label '77'"), (4, "an empty caption"), (4, "no picture"),
     ):  # fmt: skip
         assert any(f"shard-{shard:06d}.tar" in line and reason in line for line in told), (
             shard,
