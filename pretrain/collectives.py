@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Result = TypeVar("Result")
@@ -46,6 +47,23 @@ def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         stacked /= ranks()
     means = dict(zip(names, stacked.unbind(), strict=True))
     return {name: means[name] for name in values}
+
+
+def rank() -> int:
+    """Number of this rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Every rank's (n, ...) rows in rank order, on every rank: (ranks * n, ...). With gradient.
+
+    The gradient that reaches a rank's rows is summed over the ranks that used them. With each rank's loss its
+    part of a global mean, and an engine that averages gradients over ranks, that is the gradient of the global
+    loss.
+    """
+    if ranks() == 1:
+        return rows
+    return torch.cat(functional.all_gather(rows.contiguous()))
 
 
 @torch.no_grad()

@@ -82,16 +82,17 @@ class OptimizerConfig(Config):
         )
 
 
-def without_decay_on_vectors(module: nn.Module) -> list[ParamGroup]:
-    """Two groups: biases and 1-d parameters free of weight decay, everything else (tokens too) with it.
-
-    timm's `param_groups_weight_decay` as facebookresearch/mae main_pretrain.py calls it, without a skip list.
-    """
+def groups_without_decay(module: nn.Module, exempt: Callable[[str, nn.Parameter], bool]) -> list[ParamGroup]:
+    """Two groups of the trainable parameters: with weight decay, and those that are `exempt` from it."""
     named = list(trainable(module))
-
-    def exempt(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.ndim <= 1 or name.endswith(".bias")
-
     decayed = [(n, p) for n, p in named if not exempt(n, p)]
     free = [(n, p) for n, p in named if exempt(n, p)]
     return [ParamGroup(decayed), ParamGroup(free, weight_decay_scale=0.0)]
+
+
+def without_decay_on_vectors(module: nn.Module) -> list[ParamGroup]:
+    """Biases and 1-d parameters free of weight decay, everything else (tokens too) with it.
+
+    timm's `param_groups_weight_decay` as facebookresearch/mae main_pretrain.py calls it, without a skip list.
+    """
+    return groups_without_decay(module, lambda name, p: p.ndim <= 1 or name.endswith(".bias"))

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import torch
 from pydantic_core import CoreSchema, core_schema
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from configs.loading import Config
 from data_pipeline.types import Batch, ViewSpec
@@ -134,6 +135,12 @@ class BuildContext:
     batch_size: int  # global
     autocast: torch.dtype | None  # dtype of autocast inside forward; None trains in fp32
     world_size: int = 1
+    accumulation: int = 1  # micro-batches of a rank's share
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples a rank takes at once."""
+        return self.batch_size // self.world_size // self.accumulation
 
 
 class Objective(nn.Module, ABC):
@@ -159,6 +166,37 @@ class Objective(nn.Module, ABC):
         return {}
 
 
+Embeddings = tuple[Tensor, ...]
+"""What a whole-batch loss compares: each (B, D), row i of all from sample i."""
+
+
+class WholeBatchObjective(Objective):
+    """A loss over the whole global batch, which can't be summed over micro-batches.
+
+    Where a rank's share is larger than a micro-batch, embeddings are computed micro-batch by micro-batch and
+    only they are kept; the backward pass computes each micro-batch again (GradCache, Gao et al. 2021,
+    arXiv:2101.06983 §3). Gradients equal the uncut ones. The cut is at the output of `embed`.
+    """
+
+    micro_batch_size: int | None = None  # None: the whole share at once, nothing computed twice
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> Embeddings:
+        """Embeddings of some samples, each on its own: no sample may change another's."""
+
+    @abstractmethod
+    def loss(self, embeddings: Embeddings, progress: Progress) -> LossOutput:
+        """This rank's part of the global loss: the mean over ranks is the loss of the global batch."""
+
+    def forward(self, batch: Batch, progress: Progress) -> LossOutput:
+        if self.micro_batch_size is None or self.micro_batch_size >= len(batch):
+            return self.loss(self.embed(batch), progress)
+        parts = [
+            checkpoint(self.embed, part, use_reentrant=False) for part in batch.split(self.micro_batch_size)
+        ]
+        return self.loss(tuple(torch.cat(rows) for rows in zip(*parts, strict=True)), progress)
+
+
 class ObjectiveConfig(Config, ABC):
     """Settings of an objective. `name: mae` is `objectives/mae.py`; a dotted name imports a plug-in."""
 
@@ -182,6 +220,9 @@ class Update(Protocol):
 
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set a whole parameter, its fp32 master included."""
+
+    def clamp(self, parameter: nn.Parameter, highest: float) -> None:
+        """Bound a parameter from above, its fp32 master included."""
 
 
 @dataclass(frozen=True)
