@@ -164,7 +164,7 @@ def test_a_missing_config_names_the_nearest(keel: Callable[..., Said]) -> None:
 
 def test_a_folder_that_is_no_run_is_one_line(keel: Callable[..., Said], tmp_path: Path) -> None:
     a_line_each(keel("export", tmp_path, "--to", tmp_path / "out"), f"{tmp_path}: not a run folder")
-    a_line_each(keel("evaluate", tmp_path), f"{tmp_path}: not a run folder")
+    a_line_each(keel("evaluate", tmp_path), f"{tmp_path}: has no evaluations of its own")
     assert list(tmp_path.iterdir()) == []
 
 
