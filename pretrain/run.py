@@ -138,7 +138,8 @@ def _make_demo_data(config: RunConfig, progress: DemoProgress | None) -> None:
         demo.make(config.data.demo, split.parent, progress=progress)
     except OSError as error:
         raise ConfigError(
-            f"data.manifest: demo data can't be made in {split.parent}: {error.strerror}; choose another run.dir"
+            f"data.manifest: demo data can't be made in {split.parent}: {error.strerror}; "
+            "choose another run.dir"
         ) from error
 
 
