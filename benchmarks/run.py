@@ -36,9 +36,8 @@ def main(wanted: list[str]) -> int:
         print(f"==> {name}", flush=True)
         began = time.monotonic()
         code = subprocess.run([sys.executable, str(HERE / f"{name}.py")]).returncode
-        print(
-            f"<== {name}: {'exit code ' + str(code) if code else 'done'} in {time.monotonic() - began:.0f} s\n"
-        )
+        how = f"exit code {code}" if code else "done"
+        print(f"<== {name}: {how} in {time.monotonic() - began:.0f} s\n")
         if code:
             failed.append(name)
     return 1 if failed else 0

@@ -70,17 +70,19 @@ def train(
 
 @app.command()
 def evaluate(
-    run: Run,
+    source: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run folder, an exported folder, or a timm name")
+    ],
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="NAME=VALUE", help="one evaluation: kind=knn data=DIR k=10")
     ] = None,
     step: Step = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON list on standard output")] = False,
 ) -> None:
-    """Judge a trained encoder: by the run's own evaluations, or by the one given."""
+    """Judge an encoder: by the run's own evaluations, or by the one given."""
     from launch import evaluate
 
-    evaluate.show(evaluate.evaluate(run, settings or (), step), as_json=as_json)
+    evaluate.show(evaluate.evaluate(source, settings or (), step), as_json=as_json)
 
 
 @app.command()

@@ -1,37 +1,42 @@
-"""`keel evaluate`: judge a trained encoder, by the run's own evaluations or by one from the command line."""
+"""`keel evaluate`: which evaluations were asked for, and how their scores are shown."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
 from configs.errors import ConfigError
-from configs.loading import validate
-from pretrain import encoders, trained
+from configs.loading import load, validate
+from launch.progress import progress_bar
+from pretrain.config import RunConfig
+from pretrain.evaluate import evaluate as judge
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type, kinds
-from pretrain.evaluators.subject import Subject
-from pretrain.trained import Trained
+from pretrain.folder import RunFolder
 from pretrain.types import Scores
 
 
-def evaluate(run: Path, settings: Sequence[str], step: int | None) -> list[Scores]:
-    """Scores of the newest valid checkpoint of `run`, or of the one at `step`. Raises `UserError`."""
-    model = trained.read(run, step)
-    evaluations = [chosen(settings)] if settings else model.config.evaluate
-    if not evaluations:
+def evaluate(source: str, settings: Sequence[str], step: int | None) -> list[Scores]:
+    """Scores of a run, an export or a timm model: by `settings`, else by the run's own evaluations."""
+    evaluations = [chosen(settings)] if settings else own_evaluations(source)
+    with progress_bar("encoding") as progress:
+        return judge(source, evaluations, step=step, progress=progress)
+
+
+def own_evaluations(source: str) -> Sequence[EvaluatorConfig]:
+    """What the config of a run evaluates. Raises `ConfigError` where that is nothing, or there is no run."""
+    folder = RunFolder(Path(source))
+    found = load(folder.config_file, RunConfig).evaluate if folder.exists() else ()
+    if not found:
         raise ConfigError(
-            f"{run}: its config has no `evaluate`; name one, such as kind=knn data=MANIFEST "
+            f"{source}: has no evaluations of its own; name one, such as kind=knn data=MANIFEST "
             f"(kinds: {', '.join(kinds())})"
         )
-    subject = subject_of(model)
-    return [evaluation.build()(subject) for evaluation in evaluations]
+    return found
 
 
 def chosen(settings: Sequence[str]) -> EvaluatorConfig:
@@ -49,27 +54,11 @@ def chosen(settings: Sequence[str]) -> EvaluatorConfig:
     return validate(values, schema, source="evaluate").placed()
 
 
-def subject_of(model: Trained) -> Subject:
-    """The trained encoder as evaluators see it; with its pretext task where the training data are here."""
-    objective = trained.read_objective(model) if model.config.data.manifest.is_file() else None
-    encoder = objective.encoder if objective else model.encoder
-    return Subject(
-        encoder=encoder,
-        encode=partial(encoders.features, encoder, pooling=model.config.encoder.pooling),
-        view=model.view,
-        device=torch.device("cpu"),
-        objective=objective,
-    )
-
-
 def show(scores: Sequence[Scores], *, as_json: bool) -> None:
     """Print scores as a table, or as one JSON list."""
     if as_json:
-        print(
-            json.dumps(
-                [{"name": s.kind, "values": dict(s.values), "details": dict(s.details)} for s in scores]
-            )
-        )
+        rows = [{"name": s.kind, "values": dict(s.values), "details": dict(s.details)} for s in scores]
+        print(json.dumps(rows))
         return
     table = Table("evaluation", "figure", "value")
     for score in scores:

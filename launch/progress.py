@@ -16,11 +16,17 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     bar = Progress(*columns, console=Console(stderr=True))
     task = bar.add_task(title, total=None)
 
+    shown = False
+
     def update(done: int, total: int) -> None:
-        bar.start()
+        nonlocal shown
+        if not shown:
+            bar.start()
+            shown = True
         bar.update(task, completed=done, total=total)
 
     try:
         yield update
     finally:
-        bar.stop()
+        if shown:
+            bar.stop()

@@ -134,7 +134,13 @@ def _make_demo_data(config: RunConfig, progress: DemoProgress | None) -> None:
         raise ConfigError(
             f"data.manifest: demo data lie in DIR/train/manifest.json, found {config.data.manifest}"
         )
-    demo.make(config.data.demo, split.parent, progress=progress)
+    try:
+        demo.make(config.data.demo, split.parent, progress=progress)
+    except OSError as error:
+        raise ConfigError(
+            f"data.manifest: demo data can't be made in {split.parent}: {error.strerror}; "
+            "choose another run.dir"
+        ) from error
 
 
 def train(folder: RunFolder, stop: StopRequest, console: TextIO | None = None) -> StopReason:

@@ -104,15 +104,15 @@ def _checkpoint(run: Path, step: int | None) -> tuple[RunFolder, Path]:
         if newest is None:
             raise RunError(f"{run}: has no valid checkpoint yet; train it on with keel train")
         return folder, newest
-    found = sorted(folder.checkpoints.glob(f"step-{step:08d}-a*"))
-    if not found:
-        steps = sorted({int(path.name.split("-")[1]) for path in checkpoint.published(folder.root)})
-        known = ", ".join(map(str, steps)) or "none"
+    published = checkpoint.published(folder.root)
+    found = next((one.path for one in published if one.step == step), None)
+    if found is None:
+        known = ", ".join(str(n) for n in sorted({one.step for one in published})) or "none"
         raise RunError(f"{run}: no checkpoint at step {step}; there are: {known}")
-    wrong = damage(found[-1])
+    wrong = damage(found)
     if wrong is not None:
         raise RunError(f"{wrong}; choose another step")
-    return folder, found[-1]
+    return folder, found
 
 
 def _load(module: nn.Module, weights: dict[str, torch.Tensor], directory: Path) -> None:

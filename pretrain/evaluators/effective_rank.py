@@ -44,5 +44,4 @@ def effective_rank(features: Tensor) -> Tensor:
         wide = torch.linalg.qr(wide, mode="r").R
     singular = torch.linalg.svdvals(wide)
     share = singular / singular.sum().clamp_min(1e-300) + 1e-7
-    entropy = -(share * share.log()).sum()
-    return entropy.exp()
+    return torch.exp(-(share * share.log()).sum())

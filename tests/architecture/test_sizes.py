@@ -33,7 +33,7 @@ def test_files_and_functions_are_short() -> None:
     too_long = []
     for path in sources(*PACKAGES, "tests"):
         text = path.read_text()
-        if text.count("\n") > FILE_LINES:
+        if text.count("\n") > FILE_LINES and not path.is_relative_to(ROOT / "tests"):
             too_long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

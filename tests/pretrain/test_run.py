@@ -146,6 +146,11 @@ BAD = {
 }  # fmt: skip
 
 
+def test_a_place_that_cannot_be_written_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"data\.manifest: demo data can't be made in /proc/"):
+        prepare(load("configs/smoke/mae.yaml", RunConfig, ["run.dir=/proc/keel"]), world_size=1)
+
+
 @pytest.mark.parametrize("override", BAD)
 def test_bad_settings_are_one_line_and_nothing_is_written(
     tmp_path: Path, digits: Path, override: str

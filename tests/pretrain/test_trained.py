@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,29 @@ def test_what_cannot_be_read_is_named(run: tuple[Path, dict[str, Tensor]], tmp_p
         trained.read(tmp_path)
     with pytest.raises(RunError, match="no checkpoint at step 4; there are: 3, 6"):
         trained.read(root, step=4)
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_nothing_is_exported(
+    run: tuple[Path, dict[str, Tensor]], tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    newest, older = sorted((copy / "checkpoints").iterdir(), reverse=True)
+    shard = newest / "rank-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(RunError, match=rf"{shard.name}: has \d+ bytes.*choose another step"):
+        export(copy, tmp_path / "backbone", step=6)
+    assert not (tmp_path / "backbone").exists()
+    assert trained.read(copy).checkpoint == older, "without a step the newest whole one is taken"
+
+
+def test_weights_of_another_network_are_refused(run: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run[0], copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("depth: 2", "depth: 3"))
+    with pytest.raises(RunError, match=r"isn't a checkpoint of this run's model: it lacks blocks\.2\."):
+        trained.read(copy)
 
 
 def test_a_run_and_its_export_score_alike(
