@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from data_pipeline.types import Batch
-from pretrain.types import Engine, LossOutput, Progress
+from pretrain.types import Engine, LossOutput, Objective, Progress, WholeBatchObjective
 
 Prepare = Callable[[Batch], Batch]
 """The device half of the views: uint8 to normalised float32."""
@@ -16,17 +16,45 @@ Prepare = Callable[[Batch], Batch]
 class SumOfMicroBatches:
     """For losses that are means over samples: the mean of micro-batch losses is the batch's loss."""
 
-    def __init__(self, micro_batch_size: int, prepare: Prepare) -> None:
-        self.micro_batch_size, self.prepare = micro_batch_size, prepare
+    def __init__(self, objective: Objective, micro_batch_size: int, prepare: Prepare) -> None:
+        self.objective, self.micro_batch_size, self.prepare = objective, micro_batch_size, prepare
 
     def __call__(self, engine: Engine, batch: Batch, progress: Progress) -> LossOutput:
         """Forward and backward over this rank's share; gives its mean loss and metrics, detached."""
+        batch, prepare = batch.to(engine.device), self.prepare
+        if self.objective.needs_whole_share:
+            batch, prepare = prepare(batch), lambda micro_batch: micro_batch
+            with torch.no_grad():
+                self.objective.before_step(batch, progress)
         outputs = []
         for micro_batch in batch.split(self.micro_batch_size):
-            output = engine.forward(self.prepare(micro_batch.to(engine.device)), progress)
+            output = engine.forward(prepare(micro_batch), progress)
             engine.backward(output.loss)
             outputs.append(LossOutput(output.loss.detach(), output.metrics))
         return mean_of(outputs)
+
+
+class WholeShare:
+    """For losses over the whole batch: one forward of this rank's share, which cuts itself where it may."""
+
+    def __init__(self, prepare: Prepare) -> None:
+        self.prepare = prepare
+
+    def __call__(self, engine: Engine, batch: Batch, progress: Progress) -> LossOutput:
+        """Forward and backward over this rank's share; gives its loss and metrics, detached."""
+        output = engine.forward(self.prepare(batch.to(engine.device)), progress)
+        engine.backward(output.loss)
+        return LossOutput(output.loss.detach(), output.metrics)
+
+
+Accumulate = SumOfMicroBatches | WholeShare
+
+
+def accumulate_for(objective: Objective, micro_batch_size: int, prepare: Prepare) -> Accumulate:
+    """How a global batch becomes gradients, as the objective's kind of loss allows."""
+    if isinstance(objective, WholeBatchObjective):
+        return WholeShare(prepare)
+    return SumOfMicroBatches(objective, micro_batch_size, prepare)
 
 
 def mean_of(outputs: list[LossOutput]) -> LossOutput:

@@ -151,6 +151,14 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> LossOutput: ...
 
+    needs_whole_share: ClassVar[bool] = False  # whether `before_step` is to be called
+
+    def before_step(self, share: Batch, progress: Progress) -> None:
+        """What a step needs of all its samples before their micro-batches come: keys, targets. No gradient.
+
+        Collective; `share` is this rank's part of the global batch, its views as `forward` gets them.
+        """
+
     @abstractmethod
     def param_groups(self) -> list[ParamGroup]: ...
 

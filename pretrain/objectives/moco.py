@@ -43,3 +43,10 @@ from pretrain.types import (
     Progress,
     Update,
 )
+
+KEY_ORDER = 1001
+"""Purpose number of the keys' permutation among all that is drawn from a seed."""
+
+
+class Augmentation(Config):
+    """Strengths of the colour changes; the papers' are `v1` and `v2`."""
