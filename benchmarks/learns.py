@@ -31,7 +31,7 @@ def one(seed: int, arguments: argparse.Namespace) -> tuple[Findings, float]:
     """Train and judge one seed; gives what was found, and the seconds of training (0 where it was kept)."""
     data = arguments.dir / "data" / "digits" / "train" / "manifest.json"
     own = [f"run.dir={arguments.dir}/seed-{seed}", f"run.seed={seed}", f"data.manifest={data}"]
-    config = load(arguments.config, RunConfig, [*own, "track.wandb=off", *arguments.overrides])
+    config = load(arguments.config, RunConfig, [*own, "track.wandb=off", "evaluate=[]", *arguments.overrides])
     folder = prepare(config, world_size=arguments.nproc)
     began = time.perf_counter()
     if folder.read_state().get("status") != "done":

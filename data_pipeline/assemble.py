@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +9,12 @@ import torch
 from torch import Tensor
 
 from configs.errors import DataError
+from data_pipeline.cache import CacheConfig, locator
 from data_pipeline.decode import MAX_PIXELS, DecodeError, Pixels, decode
 from data_pipeline.hashing import key
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Draws
+from data_pipeline.quarantine import Broken
 from data_pipeline.randomness import Purpose
 from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader, SampleError
 from data_pipeline.transform import WorkerHalf
@@ -31,18 +32,7 @@ class Job:
     needs: frozenset[str]
     max_pixels: int = MAX_PIXELS
     substitute: bool = False  # replace broken samples instead of raising
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A sample that couldn't be used, and the one of its shard that stood in for it."""
-
-    source: int
-    shard: str
-    key: str
-    field: str
-    reason: str
-    substitute: str  # key
+    cache: CacheConfig | None = None
 
 
 class Buffers:
@@ -90,9 +80,9 @@ class Buffers:
 class Assembler:
     """Reads, decodes and transforms drawn samples into `Buffers`. Stateless but for open files."""
 
-    def __init__(self, job: Job, readers: Sequence[Reader] | None = None):
+    def __init__(self, job: Job):
         self.job = job
-        self._readers = list(readers or (Reader(manifest) for manifest in job.manifests))
+        self._readers = [Reader(manifest, locator(manifest, job.cache)) for manifest in job.manifests]
         self._half = WorkerHalf(job.views)
         self._wanted: list[tuple[str, ...]] = [IMAGE_FIELDS]
         if "target" in job.needs:
@@ -116,9 +106,12 @@ class Assembler:
                 if not self.job.substitute:
                     raise
                 used, pixels, target = self._substitute(source, shard, sample, int(draws.seed[row]), error)
-                out.index[first + row] += used - sample
+                index = int(draws.index[row])
+                out.index[first + row] = index + used - sample
                 stand_in = self._readers[source].key(shard, used)
-                broken.append(Broken(source, error.shard, error.key, error.field, error.reason, stand_in))
+                broken.append(
+                    Broken(source, index, error.shard, error.key, error.field, error.reason, stand_in)
+                )
             out.target[first + row] = target
             for view, drawn in enumerate(numbers):
                 self._half.apply(pixels, view, drawn[row], out.views[view][first + row])

@@ -13,28 +13,42 @@ from types import TracebackType
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from configs.errors import ConfigError, DataError
 from configs.loading import Config
 from data_pipeline.assemble import Assembler, Buffers, Job
+from data_pipeline.cache import Ahead, CacheConfig, check_size
 from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.demo import DemoConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Draws, Plan
 from data_pipeline.pool import WorkerPool
+from data_pipeline.quarantine import Broken, Quarantine
 from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.types import Batch, ViewSpec
 
 log = logging.getLogger(__name__)
 
+_LOOK_AHEAD = 64  # batches whose remote shards are fetched before they are due
 _SIDES = "a side or [height, width], in pixels"
 
 
-class DataConfig(Config):
-    """YAML key `data`. `streams` and `window` fix the order of samples: they can't change within a run."""
+class SourceConfig(Config):
+    """One more data set to draw from, in YAML under `data.also`."""
 
     manifest: Path
+    weight: PositiveFloat = 1.0  # share of the samples, relative to the other sources' weights
+    max_epochs: PositiveFloat | None = None  # the run stops before it repeats the source more often
+
+
+class DataConfig(Config):
+    """YAML key `data`. Sources, `streams` and `window` fix the order of samples: no change within a run."""
+
+    manifest: Path
+    weight: PositiveFloat = 1.0  # of the manifest, against those in `also`
+    max_epochs: PositiveFloat | None = None
+    also: tuple[SourceConfig, ...] = ()
     demo: DemoConfig | None = None  # made at the manifest's place when missing
     image_size: int | tuple[int, int] = Field(224, description=_SIDES)
     workers: NonNegativeInt = 2  # processes of each rank; 0 reads in the training process
@@ -42,6 +56,14 @@ class DataConfig(Config):
     streams: PositiveInt = 64  # shards read from at a time, over all ranks
     window: PositiveInt = 4096  # samples of a stream that are shuffled together
     max_pixels: PositiveInt = MAX_PIXELS  # larger pictures are refused: a guard against decompression bombs
+    max_broken: float = Field(0.001, ge=0, le=1)  # share of samples that may be replaced before the run stops
+    cache: CacheConfig | None = None  # needed for shards behind URLs
+
+    @property
+    def sources(self) -> tuple[SourceConfig, ...]:
+        """All data sets, the manifest first."""
+        first = SourceConfig(manifest=self.manifest, weight=self.weight, max_epochs=self.max_epochs)
+        return (first, *self.also)
 
 
 def build_loader(
@@ -54,19 +76,21 @@ def build_loader(
     rank: int,
     world_size: int,
     position: int,
+    quarantine: Path | None = None,
 ) -> Loader:
     """The loader of rank `rank` of `world_size`, going on at `position` samples consumed (any integer >= 0).
 
-    `needs`: batch fields. `batch_size`: samples of the global batch, a multiple of `world_size`. Raises
-    `ConfigError` or `DataError` in a line.
+    `needs`: batch fields. `batch_size`: samples of the global batch, a multiple of `world_size`.
+    `quarantine`: file that broken samples are written to. Raises `ConfigError` or `DataError` in a line.
     """
     if batch_size % world_size:
         raise ConfigError(
             f"train.batch_size: found {batch_size}; it has to be a multiple of the {world_size} ranks"
         )
-    manifest = Manifest.load(config.manifest)
-    job = _job(manifest, views, needs, config.max_pixels)
-    plan = Plan([manifest.sizes], seed=seed, streams=config.streams, window=config.window)
+    manifests = [Manifest.load(source.manifest) for source in config.sources]
+    plan = make_plan(config, manifests, seed)
+    check_size(config.cache, manifests, [order.shards_in_window() for order in plan.orders])
+    job = _job(manifests, views, needs, config)
     return Loader(
         plan,
         job,
@@ -76,6 +100,19 @@ def build_loader(
         position=position,
         workers=config.workers,
         prefetch=config.prefetch,
+        caps=[source.max_epochs for source in config.sources],
+        quarantine=Quarantine(quarantine, config.max_broken),
+    )
+
+
+def make_plan(config: DataConfig, manifests: Sequence[Manifest], seed: int) -> Plan:
+    """The order of a run's data: what the loader follows and an audit replays."""
+    return Plan(
+        [manifest.sizes for manifest in manifests],
+        seed=seed,
+        streams=config.streams,
+        window=config.window,
+        weights=[source.weight for source in config.sources],
     )
 
 
@@ -93,27 +130,55 @@ class Loader:
         position: int,
         workers: int,
         prefetch: int,
+        caps: Sequence[float | None],
+        quarantine: Quarantine,
     ):
         self.samples = plan.samples
         self.position = position  # samples consumed once the batches given so far have been used
         self._plan, self._batch_size, self._rank, self._world = plan, batch_size, rank, world_size
+        self._caps, self._manifests = caps, job.manifests
         self._ahead = position  # where the next batch to be ordered starts
+        self._seen = 0
+        self._quarantine = quarantine
+        self._fetching = _Fetching(plan, job, batch_size, rank, world_size) if job.cache else None
         self._maker = _maker(job, batch_size // world_size, workers, prefetch)
-        self._order_ahead()
+        try:
+            self._order_ahead()
+        except BaseException:
+            self.close()
+            raise
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         self._order_ahead()
+        if self._maker.idle():
+            self._check_caps(self.position + self._batch_size)
         batch = self._maker.next()
         self.position += self._batch_size
+        self._seen += len(batch)
+        self._quarantine.add(self._maker.broken, self._seen)
         self._order_ahead()
         return batch
 
     def close(self) -> None:
         """End the workers at once."""
+        if self._fetching is not None:
+            self._fetching.close()
         self._maker.close()
+
+    def metrics(self) -> dict[str, float]:
+        """Counts for the tracker: samples of each source over all ranks, what this rank had to put right."""
+        counts = self._plan.counts(self.position)
+        found: dict[str, float] = {f"source_{n}_samples": count for n, count in enumerate(counts)}
+        for number, (count, order) in enumerate(zip(counts, self._plan.orders, strict=True)):
+            found[f"source_{number}_epochs"] = count / order.samples
+        found["broken_samples"] = self._quarantine.count
+        found["worker_restarts"] = self._maker.restarts
+        if self._fetching is not None:
+            found |= self._fetching.metrics()
+        return found
 
     def __enter__(self) -> Loader:
         return self
@@ -123,10 +188,32 @@ class Loader:
     ) -> None:
         self.close()
 
+    def _check_caps(self, position: int) -> None:
+        over = over_cap(self._plan, self._caps, position)
+        if over is not None:
+            raise DataError(
+                f"{self._manifests[over].path}: has been repeated {self._caps[over]:g} times, its "
+                "max_epochs; lower its weight, train for less, or raise max_epochs"
+            )
+
     def _order_ahead(self) -> None:
+        if self._fetching is not None:
+            self._fetching.look_ahead(self._ahead)
         while self._maker.has_room():
+            if over_cap(self._plan, self._caps, self._ahead + self._batch_size) is not None:
+                break
             self._maker.order(self._plan.share(self._ahead, self._batch_size, self._world, self._rank))
             self._ahead += self._batch_size
+
+
+def over_cap(plan: Plan, caps: Sequence[float | None], position: int) -> int | None:
+    """The first source that `position` samples repeat beyond its cap, to be refused before training."""
+    if not any(caps):
+        return None
+    for number, (cap, count, order) in enumerate(zip(caps, plan.counts(position), plan.orders, strict=True)):
+        if cap is not None and count > cap * order.samples:
+            return number
+    return None
 
 
 def sequential(
@@ -138,6 +225,7 @@ def sequential(
     world_size: int = 1,
     workers: int = 0,
     limit: int | None = None,
+    cache: CacheConfig | None = None,
 ) -> Iterator[Batch]:
     """A set once, in the manifest's own order, for evaluation: the last batch may be short.
 
@@ -148,7 +236,7 @@ def sequential(
         manifest = Manifest.load(manifest)
     labelled = any(field in manifest.fields for field in LABEL_FIELDS)
     needs = frozenset({"views", "target"}) if labelled else frozenset({"views"})
-    job = _job(manifest, [view], needs, MAX_PIXELS)
+    job = Job((manifest,), (view,), needs, cache=cache)
     total = manifest.samples if limit is None else min(limit, manifest.samples)
     start, stop = total * rank // world_size, total * (rank + 1) // world_size
     maker = _maker(job, batch_size, workers, prefetch=3)
@@ -172,16 +260,58 @@ def _in_order(manifest: Manifest, start: int, stop: int) -> Draws:
     return Draws(zeros, zeros, shard, sample, index, index)
 
 
-def _job(manifest: Manifest, views: Sequence[ViewSpec], needs: frozenset[str], max_pixels: int) -> Job:
+def _job(
+    manifests: Sequence[Manifest], views: Sequence[ViewSpec], needs: frozenset[str], config: DataConfig
+) -> Job:
     unknown = needs - {"views", "tokens", "target", "index"}
     if unknown:
         raise ValueError(f"no such batch field: {', '.join(sorted(unknown))}")
-    if "target" in needs and not any(field in manifest.fields for field in LABEL_FIELDS):
-        raise DataError(
-            f"{manifest.path}: has no labels (field {LABEL_FIELDS[0]}), which the objective needs; "
-            f"its fields are {', '.join(manifest.fields)}"
-        )
-    return Job((manifest,), tuple(views), needs, max_pixels)
+    for manifest in manifests:
+        if "target" in needs and not any(field in manifest.fields for field in LABEL_FIELDS):
+            raise DataError(
+                f"{manifest.path}: has no labels (field {LABEL_FIELDS[0]}), which the objective needs; "
+                f"its fields are {', '.join(manifest.fields)}"
+            )
+    return Job(
+        tuple(manifests),
+        tuple(views),
+        needs,
+        max_pixels=config.max_pixels,
+        substitute=config.max_broken > 0,
+        cache=config.cache,
+    )
+
+
+class _Fetching:
+    """Has the cache fetch what a rank will read next: the shards of some batches further on."""
+
+    def __init__(self, plan: Plan, job: Job, batch_size: int, rank: int, world_size: int):
+        assert job.cache is not None
+        self._plan, self._share = plan, (batch_size, world_size, rank)
+        self._remote = [any(shard.remote for shard in manifest.shards) for manifest in job.manifests]
+        self._ahead = Ahead(job.cache, job.manifests)
+        self._next: int | None = None
+        self._recent: deque[set[tuple[int, int]]] = deque(maxlen=4 * _LOOK_AHEAD)
+
+    def look_ahead(self, position: int) -> None:
+        """Ask for the shards of the `_LOOK_AHEAD` batches from `position` on."""
+        if not any(self._remote):
+            return
+        batch_size = self._share[0]
+        start = position if self._next is None else self._next
+        for at in range(start, position + _LOOK_AHEAD * batch_size, batch_size):
+            draws = self._plan.share(at, *self._share)
+            pairs = set(zip(draws.source.tolist(), draws.shard.tolist(), strict=True))
+            self._recent.append(pairs)
+            self._ahead.ask(pair for pair in sorted(pairs) if self._remote[pair[0]])
+            self._next = at + batch_size
+        self._ahead.forget(set().union(*self._recent))
+
+    def metrics(self) -> dict[str, float]:
+        return {"shards_fetched": self._ahead.fetched, "shards_waiting": self._ahead.waiting}
+
+    def close(self) -> None:
+        self._ahead.close()
 
 
 class _InProcess:
@@ -190,6 +320,11 @@ class _InProcess:
     def __init__(self, job: Job):
         self._job, self._assembler = job, Assembler(job)
         self._orders: deque[Draws] = deque()
+        self.broken: list[Broken] = []
+        self.restarts = 0
+
+    def idle(self) -> bool:
+        return not self._orders
 
     def has_room(self) -> bool:
         return not self._orders
@@ -200,7 +335,7 @@ class _InProcess:
     def next(self) -> Batch:
         draws = self._orders.popleft()
         buffers = Buffers(self._job, len(draws))
-        self._assembler.fill(draws, buffers)
+        self.broken = self._assembler.fill(draws, buffers)
         return buffers.batch()
 
     def close(self) -> None:

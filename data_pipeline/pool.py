@@ -25,8 +25,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import DataError, UserError
-from data_pipeline.assemble import Broken, Buffers, Job
+from data_pipeline.assemble import Buffers, Job
 from data_pipeline.plan import Draws
+from data_pipeline.quarantine import Broken
 from data_pipeline.types import Batch
 from data_pipeline.worker import FORK, PID, STATUS, TASK, Done, Failed, Hello, Setup
 
@@ -86,6 +87,10 @@ class WorkerPool:
         self.restarts = 0
         self._nursery, self._control = self._start()
         self._workers = [_Worker(self._forked()) for _ in range(workers)]
+
+    def idle(self) -> bool:
+        """Whether no batch is being made."""
+        return not self._pending
 
     def has_room(self) -> bool:
         """Whether another batch may be ordered."""

@@ -25,6 +25,7 @@ CAPTION_FIELDS = ("txt", "json")
 _NEAR = 64 * 1024  # bytes between two wanted fields that are cheaper to read than to skip
 _OPEN_BYTES = 96 << 20  # of indexes kept in memory
 _OPEN_FILES = 200
+_RELOCATIONS = 5
 _HUGE = 256 << 20  # bytes in one field beyond which it isn't read
 
 
@@ -163,8 +164,7 @@ class Reader:
         opened = self._open.get(shard)
         if opened is None:
             index = self.manifest.index(shard)
-            path = self._locate(shard)
-            opened = _Open(index, open_shard(path, index.shard_bytes), path)
+            opened = self._fetched_and_opened(shard, index)
             self._open[shard] = opened
             self._bytes += opened.bytes
             while len(self._open) > 1 and (len(self._open) > _OPEN_FILES or self._bytes > _OPEN_BYTES):
@@ -172,6 +172,17 @@ class Reader:
         else:
             self._open.move_to_end(shard)
         return opened
+
+    def _fetched_and_opened(self, shard: int, index: Index) -> _Open:
+        """A remote shard's copy may be evicted between being located and being opened: then once more."""
+        for attempt in range(_RELOCATIONS):
+            path = self._locate(shard)
+            try:
+                return _Open(index, open_shard(path, index.shard_bytes), path)
+            except ShardError:
+                if not self.manifest.shards[shard].remote or attempt == _RELOCATIONS - 1:
+                    raise
+        raise AssertionError
 
     def _drop(self, shard: int) -> None:
         opened = self._open.pop(shard, None)

@@ -32,11 +32,42 @@ class CenterCrop:
 
 
 @dataclass(frozen=True)
+class ColorJitter:
+    """Brightness, contrast, saturation and hue changed in random order, as torchvision's ColorJitter.
+
+    The first three are factors from [1 - x, 1 + x], hue a shift from [-x, x] of a full turn.
+    """
+
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.1
+    probability: float = 0.8
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """Blur with a standard deviation in pixels drawn uniformly from `sigma`."""
+
+    sigma: tuple[float, float] = (0.1, 2.0)
+    probability: float = 0.5
+    kernel: int | None = None  # odd; None is about a tenth of the shorter side (Chen et al. 2020, SimCLR)
+
+
+@dataclass(frozen=True)
+class Solarize:
+    """Values from `threshold` (of 1) up are inverted."""
+
+    probability: float = 0.2
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
 class ViewSpec:
     """One view of an image, as an objective or evaluator asks for it.
 
-    The worker half (crop, flip) gives uint8; the device half (normalise) gives float32.
-    Both draw from the sample's own seed.
+    The worker half (crop, flip) gives uint8; the device half gives float32: rotation, colour jitter,
+    greyscale, blur, solarise, normalise, in this order. Both draw from the sample's own seed.
     """
 
     size: tuple[int, int]  # height, width in pixels
@@ -45,6 +76,11 @@ class ViewSpec:
     flip: float = 0.5  # probability of a horizontal flip
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    rotation: float = 0.0  # degrees, either way
+    jitter: ColorJitter | None = None
+    grayscale: float = 0.0  # probability
+    blur: GaussianBlur | None = None
+    solarize: Solarize | None = None
 
 
 @dataclass(frozen=True)

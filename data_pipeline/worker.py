@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from data_pipeline.assemble import Assembler, Broken, Buffers, Job
+from data_pipeline.assemble import Assembler, Buffers, Job
 from data_pipeline.plan import Draws
+from data_pipeline.quarantine import Broken
 
 FORK, STATUS = b"F", b"S"
 TASK = struct.Struct("<qqq")  # batch, slot, first row; then the rows of `Draws.rows` as int64

@@ -204,7 +204,10 @@ def _reopened(folder: Path, images: Tensor) -> dict[str, Tensor]:
 
 def model_card(backbone: Backbone, difference: float) -> str:
     """README.md: what it is, how to load it, what it was made of."""
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in backbone.facts.items())
+    facts = dict(backbone.facts)
+    judged = facts.pop("evaluations", {})
+    facts |= {f"{kind} {name}": f"{v:.4g}" for kind, values in judged.items() for name, v in values.items()}
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
     view, width = backbone.view, encoders.width(backbone.encoder)
     return f"""---
 library_name: timm

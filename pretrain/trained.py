@@ -16,6 +16,7 @@ from data_pipeline.types import ViewSpec
 from pretrain import checkpoint, encoders
 from pretrain.config import RunConfig
 from pretrain.engines.storage import damage, read_model
+from pretrain.evaluators import schedule
 from pretrain.evaluators.subject import evaluation_view
 from pretrain.folder import RunFolder
 from pretrain.types import BuildContext, Objective
@@ -44,8 +45,9 @@ class Trained:
         return evaluation_view(self.config.objective.views(self.image_size)[0], self.config.encoder.crop)
 
     def facts(self) -> dict[str, Any]:
-        """For a model card: what was trained on what, for how long."""
+        """For a model card: what was trained on what, for how long, and how it was judged at that step."""
         state = self.folder.read_state()
+        rows = schedule.read(self.folder.root / "evaluations.jsonl")
         return {
             "objective": self.config.objective.name,
             "run": state.get("id"),
@@ -53,6 +55,7 @@ class Trained:
             "samples": self.samples,
             "data_hash": state.get("manifest_hash"),
             "commit": state.get("commit"),
+            "evaluations": {row["name"]: row["values"] for row in rows if row["step"] == self.step},
         }
 
 

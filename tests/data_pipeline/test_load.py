@@ -31,7 +31,8 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 def loader(manifest: Manifest, position: int = 0, **changes: int) -> Loader:
     settings = {"batch_size": 12, "rank": 0, "world_size": 1, "workers": 0, "seed": 3} | changes
-    config = DataConfig(manifest=manifest.path, image_size=8, workers=settings.pop("workers"), window=8)
+    workers = settings.pop("workers")
+    config = DataConfig(manifest=manifest.path, image_size=8, workers=workers, window=8, max_broken=0)
     return build_loader(config, VIEWS, needs=NEEDS, position=position, **settings)
 
 
@@ -179,3 +180,27 @@ def test_missing_labels_and_uneven_batches_are_refused_at_once(tmp_path: Path, m
             DataConfig(manifest=tmp_path / "nowhere"), VIEWS, needs=NEEDS, seed=0, batch_size=1, rank=0,
             world_size=1, position=0,
         )  # fmt: skip
+
+
+def test_sources_are_mixed_and_capped(tmp_path: Path) -> None:
+    """Shares are exact, each source has its own epochs, and nothing is repeated beyond its cap."""
+    numbered_set(tmp_path / "a", [30])
+    write_set(tmp_path / "b", [[sample(500 + n) for n in range(10)]])
+    also = [{"manifest": tmp_path / "b", "weight": 0.5, "max_epochs": 2}]
+    config = DataConfig.model_validate({"manifest": tmp_path / "a", "also": also, "workers": 0})
+    with build_loader(
+        config, VIEWS[1:], needs=frozenset({"views"}), seed=0, batch_size=6, rank=0, world_size=1, position=0
+    ) as batches:
+        assert batches.samples == 40
+        seen: list[int] = []
+        with pytest.raises(DataError, match=r"b/manifest.json: has been repeated 2 times, its max_epochs"):
+            while True:
+                batch = next(batches)
+                shown = numbers_in(batch.views[0].numpy())
+                assert [n - 500 + 30 if n >= 500 else n for n in shown] == batch.index.tolist()
+                seen += shown
+        counts = batches.metrics()
+        assert counts["source_1_samples"] == sum(n >= 500 for n in seen) <= 20
+        assert counts["source_0_samples"] == sum(n < 500 for n in seen)
+        assert counts["source_1_epochs"] == counts["source_1_samples"] / 10
+    assert max(np.bincount([n for n in seen if n >= 500])) <= 2

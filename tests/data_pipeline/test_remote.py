@@ -1,0 +1,129 @@
+"""Shards behind a URL: one download a node, whatever the server does, in bounded space."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from configs.errors import ConfigError, DataError
+from data_pipeline import indexing
+from data_pipeline.cache import Cache, CacheConfig
+from data_pipeline.load import DataConfig, Loader, build_loader
+from data_pipeline.manifest import Manifest, Shard
+from data_pipeline.remote import FetchError, fetch
+from data_pipeline.types import CenterCrop, ViewSpec
+from tests.data_pipeline.server import faulty_server
+from tests.data_pipeline.sets import numbered_set
+
+VIEW = ViewSpec((8, 8), CenterCrop(1.0), flip=0)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return numbered_set(tmp_path_factory.mktemp("set"), [6] * 8)
+
+
+def remote_copy(local: Manifest, url: str, directory: Path) -> Manifest:
+    shards = tuple(Shard(f"{url}/{s.name}", s.samples, s.bytes, s.sha256) for s in local.shards)
+    directory.mkdir()
+    (directory / "index").symlink_to(local.directory / "index")
+    Manifest(directory, shards, local.fields, local.classes).save()
+    return Manifest.load(directory)
+
+
+def loader(manifest: Manifest, cache: CacheConfig | None, **changes: int) -> Loader:
+    config = DataConfig(manifest=manifest.path, workers=changes.pop("workers", 0), cache=cache, streams=4)
+    settings = {"seed": 0, "batch_size": 12, "rank": 0, "world_size": 1, "position": 0} | changes
+    return build_loader(config, [VIEW], needs=frozenset({"views", "target"}), **settings)
+
+
+@pytest.mark.parametrize("fault", ["reset", "error", "short", "wrong", "stall"])
+def test_a_bad_answer_is_asked_again(local: Manifest, tmp_path: Path, fault: str) -> None:
+    shard, waits = local.shards[0], list[float]()
+    with faulty_server(local.directory, lambda _, n: fault if n <= 2 else None) as server:
+        url = f"{server.url}/{shard.name}"
+        got = fetch(
+            url, tmp_path / "s", size=shard.bytes, sha256=shard.sha256, wait=waits.append, timeout=0.3
+        )
+        assert got == shard.bytes and server.asked[shard.name] == 3 and waits == [0.5, 1.0]
+    assert (tmp_path / "s").read_bytes() == local.shard_path(0).read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"), [("short", "after 6 attempts"), ("wrong", "checksum differs"), (None, "no such file")]
+)
+def test_what_cant_be_had_is_named_and_leaves_nothing(
+    local: Manifest, tmp_path: Path, fault: str | None, named: str
+) -> None:
+    shard = local.shards[0]
+    with faulty_server(local.directory, lambda *_: fault) as server:
+        url = f"{server.url}/{shard.name if fault else 'gone.tar'}"
+        with pytest.raises(FetchError, match=named) as caught:
+            fetch(url, tmp_path / "s", size=shard.bytes, sha256=shard.sha256, wait=lambda _: None)
+    assert url in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+def test_the_loader_reads_remote_shards_as_local_ones(local: Manifest, tmp_path: Path) -> None:
+    with faulty_server(local.directory, lambda _, n: "error" if n == 1 else None) as server:
+        remote = remote_copy(local, server.url, tmp_path / "remote")
+        assert remote.hash == local.hash
+        cache = CacheConfig(directory=tmp_path / "cache")
+        with loader(local, None) as plain, loader(remote, cache) as batches:
+            for _ in range(8):
+                assert next(batches).index.tolist() == next(plain).index.tolist()
+        with loader(local, None) as plain, loader(remote, cache, workers=2) as batches:
+            expected = next(plain)
+            assert (next(batches).views[0] == expected.views[0]).all()
+        assert set(server.served.values()) == {1} and len(server.served) == 8
+
+
+def test_many_readers_download_once(local: Manifest, tmp_path: Path) -> None:
+    with faulty_server(local.directory) as server:
+        remote = remote_copy(local, server.url, tmp_path / "remote")
+        found: list[Path] = []
+
+        def locate() -> None:
+            cache = Cache(CacheConfig(directory=tmp_path / "cache"))
+            found.extend(cache.locate(shard) for shard in remote.shards)
+
+        threads = [threading.Thread(target=locate) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 48 and set(server.asked.values()) == {1}
+
+
+def test_the_cache_stays_within_its_bound(local: Manifest, tmp_path: Path) -> None:
+    size = max(shard.bytes for shard in local.shards)
+    config = CacheConfig(directory=tmp_path / "cache", gigabytes=3.5 * size / 1e9)
+    with faulty_server(local.directory) as server:
+        remote = remote_copy(local, server.url, tmp_path / "remote")
+        cache = Cache(config)
+        for number in (0, 1, 2, 0, 3):
+            assert cache.locate(remote.shards[number]).stat().st_size == remote.shards[number].bytes
+            assert sum(path.stat().st_size for path in config.directory.glob("*.tar")) <= 3.5 * size
+        kept = {number for number in range(8) if cache.path(remote.shards[number]).exists()}
+        assert kept == {0, 2, 3}  # 1 was used longest ago
+
+
+def test_a_cache_that_cant_work_is_refused_up_front(local: Manifest, tmp_path: Path) -> None:
+    remote = remote_copy(local, "http://127.0.0.1:1", tmp_path / "remote")
+    with pytest.raises(ConfigError, match=r"data.cache: .* has shards behind URLs"):
+        loader(remote, None)
+    with pytest.raises(ConfigError, match=r"data.cache.gigabytes: found 1e-06, but the shards read"):
+        loader(remote, CacheConfig(directory=tmp_path / "cache", gigabytes=1e-6))
+
+
+def test_remote_shards_are_indexed(local: Manifest, tmp_path: Path) -> None:
+    with faulty_server(local.directory) as server:
+        patterns = [server.url + "/shard-{000000..000007}.tar"]
+        made = indexing.index(patterns, tmp_path / "list", classes=local.classes)
+        assert made.hash == local.hash and made.shards[3].name == f"{server.url}/shard-000003.tar"
+        (local.directory / "bad.tar").write_bytes(local.shard_path(0).read_bytes()[:3000])
+        with pytest.raises(DataError, match=f"{server.url}/bad.tar: truncated"):
+            indexing.index([f"{server.url}/bad.tar"], tmp_path / "bad")
+        (local.directory / "bad.tar").unlink()
