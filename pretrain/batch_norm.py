@@ -1,8 +1,8 @@
 """Whose statistics a batch norm uses: a rank's own, all ranks', or those of fixed groups of samples.
 
-Per-rank statistics make a loss depend on the number of ranks, and let a contrastive method cheat: query and key of
-one image sit in the same batch. `grouped:N` normalises every N consecutive samples of the global batch on their own,
-which is the same arithmetic on one rank and on a thousand.
+Per-rank statistics make a loss depend on the number of ranks, and let a contrastive method cheat: query and
+key of one image sit in the same batch. `grouped:N` normalises every N consecutive samples of the global batch on
+their own, which is the same arithmetic on one rank and on a thousand.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ def parse(text: str) -> tuple[Kind, int]:
 
 
 class GroupedBatchNorm(nn.BatchNorm2d):
-    """Batch norm over groups of `size` consecutive samples; (B, C) or (B, C, H, W), B a multiple of `size`."""
+    """Batch norm over groups of `size` consecutive samples; (B, C) or (B, C, H, W)."""
 
     size: int
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any rank will do."""
+
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return functional.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
+            return super().forward(input)
         if len(input) % self.size:
             raise ValueError(f"{len(input)} samples can't be cut into groups of {self.size}")
         groups, channels = len(input) // self.size, input.shape[1]
@@ -60,13 +61,14 @@ class GroupedBatchNorm(nn.BatchNorm2d):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm over the samples of all ranks, on any device; (B, C) or (B, C, H, W), B the same on every rank."""
+    """Batch norm over all ranks' samples, as many on each, on any device; (B, C) or (B, C, H, W)."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any rank will do."""
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return functional.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
+            return super().forward(input)
         x = input.float()
         over = [0, *range(2, x.ndim)]
         moments = torch.stack([x.mean(over), x.square().mean(over)])
@@ -117,7 +119,8 @@ def convert(module: nn.Module, kind: Kind, size: int = 0) -> nn.Module:
 def _converted(layer: nn.modules.batchnorm._BatchNorm, kind: Kind, size: int) -> nn.Module:
     if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d):
         raise ConfigError(
-            f"objective.batch_norm: {type(layer).__name__} can't be made {kind}; use shuffle, or another encoder"
+            f"objective.batch_norm: {type(layer).__name__} can't be made {kind}; "
+            "use shuffle, or another encoder"
         )
     new: nn.BatchNorm2d = GroupedBatchNorm(1) if kind == "grouped" else SyncBatchNorm(1)
     new.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_forward")})

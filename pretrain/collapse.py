@@ -10,9 +10,9 @@ from torch import Tensor
 def spread(embeddings: Tensor) -> dict[str, Tensor]:
     """How far (B, D) unit embeddings fill their space; () float32 tensors, no wait for the device.
 
-    mean_cosine: mean over pairs, 1 where all are one point. embedding_std: mean over dimensions of the standard
-    deviation, times sqrt(D): about 1 where they fill the sphere, 0 where collapsed (SimSiam, arXiv:2011.10566 §4.1).
-    effective_rank: participation ratio tr(C)^2 / tr(C^2) of the covariance, between 1 and D.
+    mean_cosine: mean over pairs, 1 where all are one point. embedding_std: mean over dimensions of the
+    standard deviation, times sqrt(D): about 1 where they fill the sphere, 0 where collapsed (SimSiam,
+    arXiv:2011.10566 §4.1). effective_rank: participation ratio tr(C)^2 / tr(C^2) of the covariance, 1 to D.
     """
     x = embeddings.float()
     count, width = x.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -16,7 +17,7 @@ def mlp(
     (SimCLR's and MoCo v3's projector, arXiv:2104.02057 appendix A).
     """
     layers: list[nn.Module] = []
-    for number, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+    for number, (before, after) in enumerate(pairwise(widths)):
         last = number == len(widths) - 2
         layers.append(nn.Linear(before, after, bias=bias and not (batch_norm and not last)))
         if not last:

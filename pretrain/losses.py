@@ -27,10 +27,12 @@ def normalise_patches(patches: Tensor, epsilon: float = 1e-6) -> Tensor:
     return (patches - mean) / (variance + epsilon).sqrt()
 
 
-def info_nce_with_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def info_nce_with_queue(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """MoCo's loss (He et al. 2019, arXiv:1911.05722 eq. 1): own key against every key of the queue.
 
-    query, key: (B, D) float32 of unit length, row i of both from one image; queue: (K, D) of unit length.
+    query, key: (B, D) float32 of unit length, row i of both from one image; queue: (K, D), unit length.
     Returns the mean loss () and the (B, 1 + K) logits, the positive first.
     """
     positive = (query * key).sum(dim=1, keepdim=True)
@@ -38,13 +40,11 @@ def info_nce_with_queue(query: Tensor, key: Tensor, queue: Tensor, temperature: 
     return functional.cross_entropy(logits, logits.new_zeros(len(query), dtype=torch.int64)), logits
 
 
-def log_sums(
-    rows: Tensor, columns: Tensor, scale: Tensor, chunk: int = 4096
-) -> tuple[Tensor, Tensor]:
-    """log-sum-exp of `scale * rows @ columns.T` over its columns and over its rows, without holding the matrix.
+def log_sums(rows: Tensor, columns: Tensor, scale: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp of `scale * rows @ columns.T` over columns and over rows, without holding the matrix.
 
-    rows: (n, D), columns: (N, D), scale: [1]; float32 inside. Returns (n,) over all columns and (N,) over these
-    rows. Peak memory is O(n x chunk): each chunk of columns is computed again in the backward pass.
+    rows: (n, D), columns: (N, D), scale: [1]; float32 inside. Returns (n,) over all columns and (N,) over
+    these rows. Peak memory is O(n x chunk): each chunk is computed again in the backward pass.
     """
 
     def part(columns: Tensor, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,8 +66,8 @@ def sigmoid_pairs(
 ) -> Tensor:
     """SigLIP's loss (Zhai et al. 2023, arXiv:2303.15343 eq. 1): every pair is a binary question of its own.
 
-    rows: (n, D), columns: (N, D); row i matches column first + i; scale, bias: [1]. The sum over all n x N pairs
-    divided by n, float32, with memory O(n x chunk).
+    rows: (n, D), columns: (N, D); row i matches column first + i; scale, bias: [1]. The sum over all n x N
+    pairs divided by n, float32, with memory O(n x chunk).
     """
 
     def part(columns: Tensor, rows: Tensor, scale: Tensor, bias: Tensor, start: int) -> Tensor:

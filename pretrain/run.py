@@ -22,7 +22,7 @@ from data_pipeline.order import ORDER_VERSION
 from data_pipeline.transform import device_half
 from data_pipeline.types import ViewSpec
 from pretrain import checkpoint, encoders, tracking
-from pretrain.accumulation import SumOfMicroBatches
+from pretrain.accumulation import accumulate_for
 from pretrain.collectives import Agreement, from_main
 from pretrain.config import RunConfig, refused_changes
 from pretrain.engines import deepspeed, processes
@@ -32,7 +32,15 @@ from pretrain.evaluators.subject import evaluation_view
 from pretrain.folder import Heartbeat, RunFolder, now, provenance, write_atomically
 from pretrain.health import SkippedUpdates, Stopping, StopRequest
 from pretrain.trainer import Trainer
-from pretrain.types import BuildContext, Engine, Listener, Objective, Progress, StopReason
+from pretrain.types import (
+    BuildContext,
+    Engine,
+    Listener,
+    Objective,
+    Progress,
+    StopReason,
+    WholeBatchObjective,
+)
 
 log = logging.getLogger(__name__)
 DemoProgress = Callable[[int, int], None]
@@ -76,6 +84,7 @@ class Plan:
             batch_size=config.train.batch_size,
             autocast=config.train.autocast,
             world_size=world_size,
+            accumulation=config.micro_batch(world_size)[1],
         )
         return config.objective.build(context)
 
@@ -177,7 +186,7 @@ def _train(
         config.optimizer.make,
         here,
         micro_batch=micro_batch,
-        accumulation=accumulation,
+        accumulation=1 if isinstance(objective, WholeBatchObjective) else accumulation,
         zero_stage=config.train.zero_stage,
         gradient_clip=config.train.gradient_clip,
         precision=config.train.precision,
@@ -213,7 +222,7 @@ def _train(
             objective=objective,
             batches=loader,
             batch_size=config.train.batch_size,
-            accumulate=SumOfMicroBatches(micro_batch, device_half(plan.views)),
+            accumulate=accumulate_for(objective, micro_batch, device_half(plan.views)),
             schedule=config.optimizer.schedule_for(
                 config.train.batch_size, start.dataset_size, start.total_steps
             ),

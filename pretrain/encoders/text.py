@@ -1,8 +1,8 @@
 """A causal text transformer, laid out as open_clip's so that weights go over under their own names.
 
-Radford et al. 2021 (arXiv:2103.00020 §2.4): pre-norm blocks, learnt positions, causal attention, the feature is
-the token at the end of the text (EOT), which is the highest number in every text. Initialisation as in open_clip's
-transformer.py and OpenAI's model.py.
+Radford et al. 2021 (arXiv:2103.00020 §2.4): pre-norm blocks, learnt positions, causal attention, the feature
+is the token at the end of the text (EOT), which is the highest number in every text. Initialisation as in
+open_clip's transformer.py and OpenAI's model.py.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ class ResidualBlock(nn.Module):
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
-            OrderedDict(
-                c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width)
-            )
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
         )
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -92,7 +90,8 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         if tokens.shape[1] > self.config.context:
             raise ConfigError(
-                f"objective.text.context: texts of {tokens.shape[1]} tokens, the tower takes {self.config.context}"
+                f"objective.text.context: found texts of {tokens.shape[1]} tokens, "
+                f"the tower takes {self.config.context}"
             )
         length = tokens.shape[1]
         x = self.token_embedding(tokens) + self.positional_embedding[:length]

@@ -1,15 +1,15 @@
 """Contrastive image-text pretraining: an image should be nearest to its own caption, and the other way round.
 
-Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (arXiv:2103.00020 §2.3,
-figure 3), and with `loss: sigmoid` Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training"
+Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision" (arXiv:2103.00020
+§2.3, figure 3), and with `loss: sigmoid` Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training"
 (arXiv:2303.15343, algorithm 1).
 
     i, t    = unit(project(image tower)), unit(text tower)            over the global batch of N pairs
     softmax : mean over pairs of  -log softmax_row(s i t')_nn - log softmax_column(s i t')_nn, halved
     sigmoid : mean over images of the sum over texts of  log(1 + exp(-z (s i t' + b))),  z = 1 for its own, else -1
 
-s = exp(logit_scale) is learnt, at most 100. Each rank compares its images with all texts in chunks, so the N x N
-matrix is never held; the sums over images for each text are then combined over ranks.
+s = exp(logit_scale) is learnt, at most 100. Each rank compares its images with all texts in chunks, so the
+N x N matrix is never held; the sums over images for each text are then combined over ranks.
 """
 
 from __future__ import annotations
@@ -78,12 +78,11 @@ class CLIPConfig(ObjectiveConfig):
 
     def build(self, context: BuildContext) -> CLIP:
         kind, size = parse(self.batch_norm)
-        if context.micro_batch_size < context.batch_size // context.world_size:
-            if has_batch_norm(context.encoder) and kind != "grouped":
-                raise ConfigError(
-                    "train.micro_batch_size: the loss is over the whole batch, so micro-batches are embedded twice, "
-                    "which batch norm over them doesn't allow; set objective.batch_norm=grouped:N, or no micro-batches"
-                )
+        if context.accumulation > 1 and has_batch_norm(context.encoder) and kind != "grouped":
+            raise ConfigError(
+                "train.micro_batch_size: the loss is over the whole batch, whose micro-batches batch norm may not "
+                "mix up; set objective.batch_norm=grouped:N, or no micro-batches"
+            )
         if kind == "grouped" and context.micro_batch_size % size:
             raise ConfigError(
                 f"objective.batch_norm: found grouped:{size}, which must divide the micro-batch of "
@@ -147,7 +146,8 @@ class CLIP(WholeBatchObjective):
             "logit_scale": scale[0].detach(),
             "positive_similarity": own.mean(),
             "negative_similarity": others,
-            "top1": (similarity.argmax(dim=1) == torch.arange(few, device=images.device)).float().mean() * 100,
+            "top1": (similarity.argmax(dim=1) == torch.arange(few, device=images.device)).float().mean()
+            * 100,
             "embedding_std": images.std(dim=0).mean() if len(images) > 1 else images.new_zeros(()),
             "text_embedding_std": texts.std(dim=0).mean() if len(texts) > 1 else texts.new_zeros(()),
         }

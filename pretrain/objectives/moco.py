@@ -1,36 +1,36 @@
 """Momentum contrast: two views of an image should be nearest to each other among a queue of other images' keys.
 
-He et al. 2019, "Momentum Contrast for Unsupervised Visual Representation Learning" (arXiv:1911.05722, algorithm 1), and
-Chen et al. 2020, "Improved Baselines with Momentum Contrastive Learning" (arXiv:2003.04297): v1 and v2 differ in head,
-temperature and augmentation alone, which are settings here.
+He et al. 2019, "Momentum Contrast for Unsupervised Visual Representation Learning" (arXiv:1911.05722, algorithm 1)
+and Chen et al. 2020, "Improved Baselines with Momentum Contrastive Learning" (arXiv:2003.04297): v1 and v2 differ
+in head, temperature and augmentation alone, which are settings here.
 
     q = unit(head(encoder(view 1)))        k = unit(head'(encoder'(view 2))), no gradient
     loss = -log  exp(q k / T) / (exp(q k / T) + sum over the queue of exp(q k_j / T))
     after an applied step: encoder' <- m encoder' + (1 - m) encoder, and the step's keys enter the queue
 
 All keys of a global batch are made before its first query, by all ranks together and from permuted images, so that
-batch norm can't tell which key belongs to a query; the queue is the one of the step's start for every micro-batch.
+batch norm can't tell which key belongs to a query. Every micro-batch sees the queue as it was at the step's start.
 
-Departures: with `batch_norm: grouped:N` the statistics are those of N consecutive samples of the (permuted) global
+Departure: with `batch_norm: grouped:N` the statistics are those of N consecutive samples of the (permuted) global
 batch on any number of ranks, so that one process trains as many do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import pydantic
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from configs.errors import ConfigError
-from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
-from pretrain import collectives, encoders, heads, losses, teacher
-from pretrain.batch_norm import convert, parse
-from pretrain.optimizers import groups_without_decay
+from data_pipeline.randomness import uniform
+from data_pipeline.types import Batch, ViewSpec
+from pretrain import collapse, collectives, encoders, heads, losses, teacher
+from pretrain.augmentation import Augmentation
+from pretrain.batch_norm import convert, has_batch_norm, parse
 from pretrain.precision import autocast
 from pretrain.queue import Queue
 from pretrain.types import (
@@ -39,14 +39,131 @@ from pretrain.types import (
     Objective,
     ObjectiveConfig,
     ParamGroup,
-    Prepare,
     Progress,
     Update,
+    trainable,
 )
 
 KEY_ORDER = 1001
 """Purpose number of the keys' permutation among all that is drawn from a seed."""
 
 
-class Augmentation(Config):
-    """Strengths of the colour changes; the papers' are `v1` and `v2`."""
+class MoCoConfig(ObjectiveConfig):
+    """Defaults are v2's. v1: `head: linear`, `temperature: 0.07` and weaker views."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"views"})
+
+    name: str = "moco"
+    width: int = pydantic.Field(128, gt=0)  # of keys and queries
+    head: Literal["linear", "mlp"] = "mlp"
+    temperature: float = pydantic.Field(0.2, gt=0)
+    momentum: float = pydantic.Field(0.999, ge=0, le=1)
+    queue: int = pydantic.Field(65_536, gt=0)
+    batch_norm: str = "shuffle"  # shuffle (per rank, as in the paper), sync, grouped:N
+    augmentation: Augmentation = Augmentation(jitter=0.8, grayscale=0.2, blur=0.5)
+
+    @pydantic.field_validator("batch_norm")
+    @classmethod
+    def _spelling(cls, text: str) -> str:
+        parse(text)
+        return text
+
+    def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
+        return [self.augmentation.view(image_size)] * 2
+
+    def build(self, context: BuildContext) -> MoCo:
+        kind, size = parse(self.batch_norm)
+        if kind == "grouped" and context.micro_batch_size % size:
+            raise ConfigError(
+                f"objective.batch_norm: found grouped:{size}, whose {size} must divide the micro-batch of "
+                f"{context.micro_batch_size} samples"
+            )
+        if self.queue > context.dataset_size:
+            raise ConfigError(
+                f"objective.queue: found {self.queue}, larger than the {context.dataset_size} samples of the "
+                "data: an image would be compared with its own old keys; use fewer keys"
+            )
+        return MoCo(self, context)
+
+
+class MoCo(Objective):
+    """Encoder and head, their slow copies, and the queue of keys."""
+
+    needs_whole_share: ClassVar[bool] = True
+
+    def __init__(self, config: MoCoConfig, context: BuildContext) -> None:
+        super().__init__()
+        self.config, self.autocast_dtype = config, context.autocast
+        self.micro_batch_size = context.micro_batch_size
+        self.encoder = convert(context.encoder, *parse(config.batch_norm))
+        feature = encoders.width(self.encoder)
+        hidden = [feature] if config.head == "mlp" else []
+        self.head = heads.mlp([feature, *hidden, config.width])
+        self.teacher_encoder, self.teacher_head = teacher.copy_of(self.encoder), teacher.copy_of(self.head)
+        self.queue = Queue(config.queue, config.width)
+        self.permutes = has_batch_norm(self.encoder)
+        self._keys: Tensor | None = None  # (B, D) of the step under way, in global order
+        self._next = 0  # the next micro-batch's first row of it
+
+    def before_step(self, share: Batch, progress: Progress) -> None:
+        """Make the keys of the whole global batch: collective."""
+        images = share.views[1]
+        if self.permutes:
+            everything = collectives.gather(images)
+            order = self.key_order(progress, len(everything), images.device)
+            keys = self.encode_keys(everything[order.chunk(collectives.ranks())[collectives.rank()]])
+            self._keys = torch.empty_like(all_keys := collectives.gather(keys)).index_copy_(
+                0, order, all_keys
+            )
+        else:
+            self._keys = collectives.gather(self.encode_keys(images))
+        self._next = collectives.rank() * len(images)
+
+    def key_order(self, progress: Progress, count: int, device: torch.device) -> Tensor:
+        """A permutation of the global batch that is the same on every rank and of its own for every batch."""
+        seed = torch.tensor([progress.samples], device=device)
+        return uniform(seed, KEY_ORDER, count)[0].argsort(stable=True)
+
+    def encode_keys(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) -> (n, D) unit float32, in micro-batches."""
+        parts = images.split(self.micro_batch_size)
+        with torch.no_grad(), autocast(images.device, self.autocast_dtype):
+            keys = [self.teacher_head(encoders.features(self.teacher_encoder, part)) for part in parts]
+        return functional.normalize(torch.cat(keys).float(), dim=1)
+
+    def forward(self, batch: Batch, progress: Progress) -> LossOutput:
+        with autocast(batch.views[0].device, self.autocast_dtype):
+            query = self.head(encoders.features(self.encoder, batch.views[0]))
+        query = functional.normalize(query.float(), dim=1)
+        loss, logits = losses.info_nce_with_queue(
+            query, self._keys_of(batch), self.queue.keys.clone(), self.config.temperature
+        )
+        return LossOutput(loss, self._metrics(query.detach(), logits.detach()))
+
+    def _keys_of(self, batch: Batch) -> Tensor:
+        if self._keys is None:  # a look outside of training: nothing is remembered
+            return self.encode_keys(batch.views[1])
+        keys = self._keys[self._next : self._next + len(batch)]
+        self._next += len(batch)
+        return keys
+
+    @torch.no_grad()
+    def _metrics(self, query: Tensor, logits: Tensor) -> dict[str, Tensor]:
+        similarity = logits * self.config.temperature
+        return collapse.spread(query) | {
+            "positive_similarity": similarity[:, 0].mean(),
+            "negative_similarity": similarity[:, 1:].mean(),
+            "top1": (logits.argmax(dim=1) == 0).float().mean() * 100,
+            "queue_filled": self.queue.filled(),
+        }
+
+    def after_step(self, update: Update, progress: Progress) -> None:
+        assert self._keys is not None
+        update.lerp(self.teacher_encoder, self.encoder, self.config.momentum)
+        update.lerp(self.teacher_head, self.head, self.config.momentum)
+        self.queue.enqueue(self._keys)
+        self._keys = None
+
+    def param_groups(self) -> list[ParamGroup]:
+        """Weight decay on everything, as in the authors' code (facebookresearch/moco main_moco.py)."""
+        return [ParamGroup(list(trainable(self)))]

@@ -23,13 +23,13 @@ def smoke(name: str) -> RunConfig:
     return load(f"configs/smoke/{name}.yaml", RunConfig)
 
 
-def build(name: str) -> Objective:
+def build(name: str, autocast: torch.dtype | None = None) -> Objective:
     config = smoke(name)
     size = config.data.image_size
     image_size = size if isinstance(size, tuple) else (size, size)
     torch.manual_seed(0)
     encoder = encoders.build(config.encoder, image_size)
-    return config.objective.build(BuildContext(encoder, image_size, 1000, 8, autocast=None))
+    return config.objective.build(BuildContext(encoder, image_size, 1000, 8, autocast))
 
 
 def batch_for(name: str, count: int = 8) -> Batch:
@@ -81,8 +81,7 @@ def test_every_trainable_parameter_is_in_one_group_and_gets_a_gradient(name: str
 
 @pytest.mark.parametrize("name", EVERY)
 def test_bf16_autocast_is_near_fp32(name: str) -> None:
-    config, objective = smoke(name), build(name)
-    half = config.objective.build(BuildContext(objective.encoder, (32, 32), 1000, 8, autocast=torch.bfloat16))
+    objective, half = build(name), build(name, torch.bfloat16)
     half.load_state_dict(objective.state_dict())
     whole = objective(batch_for(name), CLOCK).loss
     loss = half(batch_for(name), CLOCK).loss

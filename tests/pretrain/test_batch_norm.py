@@ -88,7 +88,9 @@ def test_recomputation_does_not_move_statistics_twice(kind: Any) -> None:
     assert layer.state_dict()["0.num_batches_tracked"].item() == 1
 
 
-@pytest.mark.parametrize(("text", "want"), [("grouped:8", ("grouped", 8)), ("sync", ("sync", 0)), ("shuffle", ("rank", 0))])
+@pytest.mark.parametrize(
+    ("text", "want"), [("grouped:8", ("grouped", 8)), ("sync", ("sync", 0)), ("shuffle", ("rank", 0))]
+)
 def test_spelling(text: str, want: tuple[str, int]) -> None:
     assert batch_norm.parse(text) == want
     for bad in ("grouped", "grouped:1", "grouped:x", "frozen"):

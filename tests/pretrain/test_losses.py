@@ -112,7 +112,9 @@ def test_huge_logits_stay_finite() -> None:
 def test_masked_patch_loss_counts_hidden_patches_only() -> None:
     predicted, target = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
     masked = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]], dtype=torch.bool)
-    want = np.mean([((predicted - target)[b, p].numpy() ** 2).mean() for b, p in [(0, 0), (0, 3), (1, 1), (1, 2)]])
+    want = np.mean(
+        [((predicted - target)[b, p].numpy() ** 2).mean() for b, p in [(0, 0), (0, 3), (1, 1), (1, 2)]]
+    )
     assert losses.masked_patch_loss(predicted, target, masked).item() == pytest.approx(want, rel=1e-6)
 
 

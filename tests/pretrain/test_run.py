@@ -32,9 +32,9 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_for(root: Path, digits: Path, *overrides: str) -> RunConfig:
+def config_for(root: Path, digits: Path, *overrides: str, smoke: str = "mae") -> RunConfig:
     settings = [f"run.dir={root}", f"data.manifest={digits}/train/manifest.json", *overrides]
-    return load("configs/smoke/mae.yaml", RunConfig, settings)
+    return load(f"configs/smoke/{smoke}.yaml", RunConfig, settings)
 
 
 def metrics(root: Path) -> list[dict[str, Any]]:

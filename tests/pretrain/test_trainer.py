@@ -44,6 +44,8 @@ class FakeEngine:
 
 
 class FakeObjective:
+    needs_whole_share = False
+
     def __init__(self) -> None:
         self.updated: list[int] = []
 
@@ -87,7 +89,7 @@ def fit(
         objective=objective,  # type: ignore[arg-type]
         batches=batches(),
         batch_size=BATCH,
-        accumulate=SumOfMicroBatches(micro, lambda batch: batch),
+        accumulate=SumOfMicroBatches(objective, micro, lambda batch: batch),
         schedule=lambda progress: StepSettings(lr=progress.fraction, weight_decay=0.0),
         stopping=Stopping(request or StopRequest(), Alone(), stop_after, progress, BATCH),
         skipped=SkippedUpdates(3),

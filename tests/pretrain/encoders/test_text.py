@@ -33,7 +33,7 @@ def test_it_equals_the_formula() -> None:
     """One head at a time, in float64, from the parameters alone."""
     model, tokens = tower().double(), torch.tensor([[1, 7, 9, 49, 0]])
     state = model.state_dict()
-    x = (state["token_embedding.weight"][tokens[0]] + state["positional_embedding"][:5])
+    x = state["token_embedding.weight"][tokens[0]] + state["positional_embedding"][:5]
     for number in range(2):
         p = {k.removeprefix(f"transformer.resblocks.{number}."): v for k, v in state.items()}
         y = functional.layer_norm(x, (16,), p["ln_1.weight"], p["ln_1.bias"])
