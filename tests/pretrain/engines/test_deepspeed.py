@@ -71,7 +71,7 @@ def plain() -> tuple[list[float], dict[str, Tensor]]:
 def test_ranks_accumulation_and_stages_train_like_plain_torch(
     ranks: Ranks, plain: tuple[list[float], dict[str, Tensor]], stage: int, count: int, accumulation: int
 ) -> None:
-    if stage == 3 and (count, accumulation) in ((1, 2), (4, 1)):
+    if stage == 3 and (count, accumulation) in ((1, 2), (4, 1), (4, 2)):
         pytest.skip("stage 3 costs seconds a case; its other cases cover it")
     for losses, state in ranks(count, run, stage=stage, accumulation=accumulation):
         torch.testing.assert_close(losses, plain[0], rtol=1e-5, atol=0.0)
@@ -134,7 +134,11 @@ def moved(stage: int, clip: float, precision: str) -> float:
 def test_clipping_bounds_the_step_and_loss_scaling_leaves_it(
     ranks: Ranks, stage: int, precision: str
 ) -> None:
-    free = ranks(1, moved, stage=0, clip=0.0, precision="fp32")[0]
+    processes.seed(0)
+    model = Tiny()
+    model(batch_at(0), PROGRESS).loss.backward()
+    weights = [p.grad.norm() for n, p in model.encoder.named_parameters() if n.endswith("weight")]  # type: ignore[union-attr]
+    free = float(torch.stack(weights).norm())
     assert ranks(2, moved, stage=stage, clip=0.0, precision=precision)[0] == pytest.approx(free, rel=1e-4)
     assert ranks(2, moved, stage=stage, clip=0.01, precision=precision)[0] == pytest.approx(0.01, rel=0.1)
 
@@ -234,7 +238,7 @@ def test_same_ranks_and_stage_resume_bit_exactly(
     ("before", "after"),
     [
         ((2, 1), (1, 1)), ((1, 1), (2, 1)), ((2, 1), (4, 1)), ((4, 2), (2, 1)), ((2, 1), (2, 3)),
-        ((2, 3), (2, 0)), ((2, 0), (4, 2)), ((4, 3), (1, 3)), ((1, 3), (2, 2)), ((2, 2), (4, 3)),
+        ((2, 3), (2, 0)), ((2, 0), (4, 2)), ((4, 3), (1, 3)), ((1, 3), (2, 2)),
     ],
     ids=str,
 )  # fmt: skip
