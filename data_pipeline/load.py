@@ -168,6 +168,10 @@ class Loader:
             self._fetching.close()
         self._maker.close()
 
+    def worker_pids(self) -> list[int]:
+        """The processes at work for this loader, where they have started."""
+        return self._maker.pids()
+
     def metrics(self) -> dict[str, float]:
         """Counts for the tracker: samples of each source over all ranks, what this rank had to put right."""
         counts = self._plan.counts(self.position)
@@ -322,6 +326,9 @@ class _InProcess:
         self._orders: deque[Draws] = deque()
         self.broken: list[Broken] = []
         self.restarts = 0
+
+    def pids(self) -> list[int]:
+        return []
 
     def idle(self) -> bool:
         return not self._orders
