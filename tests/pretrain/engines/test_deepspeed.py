@@ -358,3 +358,35 @@ def test_param_groups_must_fit(ranks: Ranks) -> None:
         ranks(1, of_kind, kind="forgetful")
     with pytest.raises(ValueError, match=r"shape \[1\] to scale"):
         ranks(1, of_kind, kind="pointlike")
+
+
+def assigned(stage: int) -> dict[str, Tensor]:
+    """Set whole parameters once, then make a step that moves nothing: a stale master would undo it."""
+    engine, objective, _ = engine_of(stage)
+    losses = []
+    for value in (None, 3.0, None):
+        share = 8 // torch.distributed.get_world_size()
+        output = engine.forward(batch_at(0).split(share).__next__(), PROGRESS)
+        engine.backward(output.loss)
+        update = engine.step(StepSettings(lr=0.0, weight_decay=0.0))
+        assert update is not None
+        if value is not None:
+            for parameter in (
+                objective.encoder[0].weight,
+                objective.encoder[2].bias,
+                objective.teacher[0].weight,
+            ):  # type: ignore[index]
+                update.assign(parameter, torch.full(getattr(parameter, "ds_shape", parameter.shape), value))
+        losses.append(output.loss.item())
+    assert losses[0] == losses[1] != losses[2]
+    state = whole(engine)
+    close(engine)
+    return state
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_assigned_parameter_stays_assigned(ranks: Ranks, stage: int) -> None:
+    for state in ranks(2, assigned, stage=stage):
+        for name in ("encoder.0.weight", "encoder.2.bias", "teacher.0.weight"):
+            assert torch.equal(state[name], torch.full_like(state[name], 3.0)), name
+        assert not torch.equal(state["encoder.2.weight"], torch.full_like(state["encoder.2.weight"], 3.0))
