@@ -27,7 +27,9 @@ from data_pipeline.shards import write_shard
 from data_pipeline.types import CenterCrop, ViewSpec
 from tests.data_pipeline.sets import encoded, numbered_set, photograph, sample
 
-MANY = 3000 if os.environ.get("KEEL_TORTURE") == "1" else 125
+TORTURE = os.environ.get("KEEL_TORTURE") == "1"
+MANY = 3000 if TORTURE else 125
+pytestmark = [pytest.mark.torture] if TORTURE else []  # so that make torture runs these at length
 FUZZ = settings(max_examples=MANY, deadline=None, suppress_health_check=list(HealthCheck))
 
 
