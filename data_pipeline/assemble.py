@@ -33,6 +33,7 @@ class Job:
     max_pixels: int = MAX_PIXELS
     substitute: bool = False  # replace broken samples instead of raising
     cache: CacheConfig | None = None
+    fast: bool = False  # see WorkerHalf
 
 
 class Buffers:
@@ -83,7 +84,7 @@ class Assembler:
     def __init__(self, job: Job):
         self.job = job
         self._readers = [Reader(manifest, locator(manifest, job.cache)) for manifest in job.manifests]
-        self._half = WorkerHalf(job.views)
+        self._half = WorkerHalf(job.views, job.fast)
         self._wanted: list[tuple[str, ...]] = [IMAGE_FIELDS]
         if "target" in job.needs:
             self._wanted.append(LABEL_FIELDS)

@@ -30,18 +30,14 @@ class DecodeError(ValueError):
     """Bytes that aren't a whole picture of an accepted format; the message is the reason."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: tuple[int, int] | None = None) -> Pixels:
-    """(H, W, 3) uint8 RGB of a picture file. Raises `DecodeError`.
-
-    With `at_least` (height, width) a JPEG may come at a half, quarter or eighth of its size, as long as it
-    isn't smaller than that: faster, and a box average rather than the recipe's filter.
-    """
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """(H, W, 3) uint8 RGB of a picture file. Raises `DecodeError`."""
     if data[:3] == _JPEG:
-        return _decode_jpeg(data, max_pixels, at_least)
+        return _decode_jpeg(data, max_pixels)
     return _decode_other(data, max_pixels)
 
 
-def _decode_jpeg(data: bytes, max_pixels: int, at_least: tuple[int, int] | None) -> Pixels:
+def _decode_jpeg(data: bytes, max_pixels: int) -> Pixels:
     try:
         height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError as error:
@@ -51,12 +47,8 @@ def _decode_jpeg(data: bytes, max_pixels: int, at_least: tuple[int, int] | None)
         pixels = _check_strictly_then_pillow(data, max_pixels, colour)
         if pixels is not None:
             return pixels
-    lowest = at_least or (0, 0)
     try:
-        decoded: Pixels = simplejpeg.decode_jpeg(
-            data, colorspace="RGB", strict=True, min_height=lowest[0], min_width=lowest[1],
-            min_factor=2 if at_least else 1,
-        )  # fmt: skip
+        decoded: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     except ValueError as error:
         raise DecodeError(_reason(error)) from None
     return decoded

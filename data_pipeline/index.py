@@ -46,7 +46,7 @@ class Index:
 
     def key(self, sample: int) -> str:
         start = int(self.key_ends[sample - 1]) if sample else 0
-        return self.key_text[start : int(self.key_ends[sample])].decode()
+        return self.key_text[start : int(self.key_ends[sample])].decode("utf-8", "surrogateescape")
 
     def keys(self) -> list[str]:
         return [self.key(sample) for sample in range(len(self))]
@@ -79,7 +79,10 @@ class Index:
         if len(data) != _HEADER.size + names_length + keys_length + 20 * cells + 4 * samples + 4:
             raise DataError(f"{source}: damaged shard index (length); make it anew with keel data index")
         at = _HEADER.size
-        names = tuple(json.loads(data[at : at + names_length]))
+        try:
+            names = tuple(json.loads(data[at : at + names_length]))
+        except (ValueError, TypeError, RecursionError):
+            names = (None,)
         at += names_length
         keys = data[at : at + keys_length]
         at += keys_length
@@ -87,7 +90,19 @@ class Index:
         sizes = np.frombuffer(data, "<i8", cells, at + 8 * cells).reshape(samples, fields)
         checksums = np.frombuffer(data, "<u4", cells, at + 16 * cells).reshape(samples, fields)
         ends = np.frombuffer(data, "<u4", samples, at + 20 * cells)
-        return cls(size, names, offsets, sizes, checksums, ends, keys)
+        index = cls(size, names, offsets, sizes, checksums, ends, keys)
+        if len(names) != fields or not index._plausible():
+            raise DataError(f"{source}: damaged shard index (content); make it anew with keel data index")
+        return index
+
+    def _plausible(self) -> bool:
+        """Whether every number can be used: no read outside the shard, no key outside the text."""
+        ends = self.key_ends.astype(np.int64)
+        named = all(isinstance(name, str) and name for name in self.fields)
+        inside = (self.offsets >= -1) & (self.sizes >= 0) & (self.sizes <= self.shard_bytes)
+        inside &= self.offsets <= self.shard_bytes - self.sizes
+        keyed = (np.diff(ends, prepend=0) >= 0).all() and (not len(ends) or ends[-1] == len(self.key_text))
+        return bool(named and inside.all() and keyed)
 
 
 @dataclass(frozen=True)

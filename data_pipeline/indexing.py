@@ -17,7 +17,7 @@ from data_pipeline.files import write_whole
 from data_pipeline.index import index_shard
 from data_pipeline.manifest import Manifest, Shard, all_fields, index_name, relative_name, save_index
 from data_pipeline.parallel import Progress, mapped
-from data_pipeline.remote import fetch, is_remote, listed
+from data_pipeline.remote import check_name, fetch, is_remote, listed
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ def expanded(patterns: Sequence[str]) -> list[str]:
             names += found
     if not names:
         raise DataError("no shards were named")
+    for name in names:
+        check_name(name)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{twice[0]}: named twice; name every shard once")

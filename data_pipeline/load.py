@@ -5,11 +5,13 @@ The order is computed in the main process (`plan`); workers are stateless and do
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 import torch
@@ -57,6 +59,7 @@ class DataConfig(Config):
     window: PositiveInt = 4096  # samples of a stream that are shuffled together
     max_pixels: PositiveInt = MAX_PIXELS  # larger pictures are refused: a guard against decompression bombs
     max_broken: float = Field(0.001, ge=0, le=1)  # share of samples that may be replaced before the run stops
+    resize: Literal["exact", "fast"] = "exact"  # fast: OpenCV's bilinear without antialiasing
     cache: CacheConfig | None = None  # needed for shards behind URLs
 
     @property
@@ -168,6 +171,10 @@ class Loader:
             self._fetching.close()
         self._maker.close()
 
+    def worker_pids(self) -> list[int]:
+        """The processes at work for this loader, where they have started."""
+        return self._maker.pids()
+
     def metrics(self) -> dict[str, float]:
         """Counts for the tracker: samples of each source over all ranks, what this rank had to put right."""
         counts = self._plan.counts(self.position)
@@ -272,6 +279,8 @@ def _job(
                 f"{manifest.path}: has no labels (field {LABEL_FIELDS[0]}), which the objective needs; "
                 f"its fields are {', '.join(manifest.fields)}"
             )
+    if config.resize == "fast" and importlib.util.find_spec("cv2") is None:
+        raise ConfigError("data.resize: fast needs OpenCV; install opencv-python-headless, or set exact")
     return Job(
         tuple(manifests),
         tuple(views),
@@ -279,6 +288,7 @@ def _job(
         max_pixels=config.max_pixels,
         substitute=config.max_broken > 0,
         cache=config.cache,
+        fast=config.resize == "fast",
     )
 
 
@@ -322,6 +332,9 @@ class _InProcess:
         self._orders: deque[Draws] = deque()
         self.broken: list[Broken] = []
         self.restarts = 0
+
+    def pids(self) -> list[int]:
+        return []
 
     def idle(self) -> bool:
         return not self._orders

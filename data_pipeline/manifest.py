@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,7 @@ from configs.errors import DataError
 from data_pipeline.files import write_whole
 from data_pipeline.hashing import Int64s
 from data_pipeline.index import SUFFIX, Index
+from data_pipeline.remote import check_name, is_remote
 
 NAME = "manifest.json"
 _FORMAT = 1
@@ -37,7 +39,7 @@ class Shard:
 
     @property
     def remote(self) -> bool:
-        return "://" in self.name
+        return is_remote(self.name)
 
     def as_dict(self) -> dict[str, str | int]:
         """As it stands in manifest.json."""
@@ -188,7 +190,8 @@ def all_fields(indexes: Iterable[Sequence[str]]) -> tuple[str, ...]:
 
 def _shard(entry: Any) -> Shard:
     shard = Shard(str(entry["name"]), int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]))
-    if shard.samples < 0 or shard.bytes < 0 or not set(shard.sha256) <= set("0123456789abcdef"):
+    check_name(shard.name)
+    if shard.samples < 0 or shard.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
         raise ValueError(f"shard {shard.name}")
     return shard
 

@@ -88,6 +88,10 @@ class WorkerPool:
         self._nursery, self._control = self._start()
         self._workers = [_Worker(self._forked()) for _ in range(workers)]
 
+    def pids(self) -> list[int]:
+        """The workers that have said hello."""
+        return [worker.pid for worker in self._workers if worker.pid]
+
     def idle(self) -> bool:
         """Whether no batch is being made."""
         return not self._pending

@@ -8,12 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
+import fsspec  # slow to import, but everything that reads shards may need it
 from fsspec.core import url_to_fs
 
 from configs.errors import DataError
 from data_pipeline.files import published
 
+_PROTOCOLS = frozenset(
+    ["http", "https", "s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "hf", "ftp", "sftp", "hdfs", "file"]
+)
 _PIECE = 1 << 20
 _ATTEMPTS = 6
 _FIRST_WAIT = 0.5  # seconds, doubled after each failure
@@ -26,6 +29,15 @@ class FetchError(DataError):
 def is_remote(name: str) -> bool:
     """Whether a name is a URL and not a path."""
     return "://" in name
+
+
+def check_name(name: str) -> None:
+    """Refuse what isn't a path or a URL of a file: shell commands above all. Raises `DataError`."""
+    if name.startswith("pipe:") or "::" in name or "\0" in name:
+        raise DataError(f"{name[:80]!r}: shards are files or URLs; commands and chained URLs aren't run")
+    protocol = name.partition("://")[0]
+    if is_remote(name) and protocol not in _PROTOCOLS:
+        raise DataError(f"{name[:80]!r}: unknown protocol; known are {', '.join(sorted(_PROTOCOLS))}")
 
 
 def listed(pattern: str) -> list[str]:

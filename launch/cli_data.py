@@ -97,6 +97,121 @@ def view(
     typer.echo(f"{out}: {count} samples from position {position}")
 
 
+@app.command()
+def index(
+    shards: Annotated[list[str], typer.Argument(help="tars: paths, URLs, {000..123} braces, globs")],
+    out: Out,
+    classes: Annotated[Path | None, typer.Option(help="text file, a class name a line")] = None,
+    processes: Annotated[int, typer.Option(min=1)] = 2,
+) -> None:
+    """Make a manifest for webdataset tars where they lie; an interrupted indexing goes on."""
+    from configs.errors import DataError
+    from data_pipeline import indexing
+    from launch.progress import progress_bar
+
+    try:
+        names = classes.read_text().splitlines() if classes else []
+    except OSError as error:
+        raise DataError(f"{classes}: can't be read: {error.strerror}") from None
+    with progress_bar("index") as progress:
+        manifest = indexing.index(shards, out, classes=names, processes=processes, progress=progress)
+    typer.echo(_line(manifest))
+
+
+@app.command()
+def verify(
+    data: Set,
+    fast: Annotated[bool, typer.Option("--fast", help="checksums only: don't decode the pictures")] = False,
+    processes: Annotated[int, typer.Option(min=1)] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="the report as JSON on standard output")] = False,
+) -> None:
+    """Check every byte and picture of a set. Exit code 2 where something is wrong."""
+    from data_pipeline.manifest import Manifest
+    from data_pipeline.verify import verify as check
+    from launch.progress import progress_bar
+
+    with progress_bar("verify") as progress:
+        report = check(Manifest.load(data), pictures=not fast, processes=processes, progress=progress)
+    if as_json:
+        typer.echo(report.to_json())
+    else:
+        for finding in report.findings[:100]:
+            typer.echo(str(finding))
+        wrong = len(report.findings) + report.more
+        verdict = f"{wrong} things are wrong" if wrong else "all is well"
+        typer.echo(f"{data}: {report.samples} samples in {report.shards} shards: {verdict}")
+    raise typer.Exit(0 if report.whole else 2)
+
+
+@app.command()
+def stats(
+    data: Set,
+    look_at: Annotated[int, typer.Option(min=0, help="pictures to open")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+) -> None:
+    """Count samples, bytes, picture sizes and labels."""
+    import json
+    from dataclasses import asdict
+
+    from data_pipeline.manifest import Manifest
+    from data_pipeline.stats import stats as count
+
+    found = count(Manifest.load(data), look_at=look_at)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+        return
+    typer.echo(f"{found.samples} samples, {found.shards} shards, {found.bytes / 1e6:.1f} MB")
+    typer.echo(f"quantiles at 0, 5, 50, 95, 100 %; pictures and labels from {found.looked_at} samples")
+    rows = [("samples a shard", found.shard_samples), ("height", found.heights), ("width", found.widths)]
+    rows += [(f"{name}: bytes of {field.samples}", field.quantiles) for name, field in found.fields.items()]
+    for title, quantiles in rows:
+        typer.echo(f"  {title:24}" + "".join(f"{value:>12}" for value in quantiles))
+    if found.labels:
+        typer.echo("  labels: " + ", ".join(f"{name} {count}" for name, count in found.labels.items()))
+
+
+@app.command()
+def audit(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,
+) -> None:
+    """Replay the order of a run's data up to where it is, and compare with the run's own counts."""
+    import json
+    from dataclasses import asdict
+
+    from launch.audit import audit_run
+    from launch.progress import progress_bar
+
+    with progress_bar("audit") as progress:
+        found = audit_run(run, progress)
+    if as_json:
+        typer.echo(json.dumps([asdict(source) for source in found]))
+        return
+    columns = ("samples", "seen", "unique", "repeated", "substituted")
+    typer.echo("".join(f"{name:>14}" for name in (*columns, "epochs")) + "  source")
+    for source in found:
+        counts = "".join(f"{getattr(source, name):>14}" for name in columns)
+        typer.echo(f"{counts}{source.epochs:>14.3f}  {source.source}")
+
+
+@app.command()
+def bench(
+    data: Set,
+    size: Annotated[int, typer.Option(min=8, help="side of the view in pixels")] = 224,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    workers: Annotated[int, typer.Option(min=0)] = 2,
+    seconds: Annotated[float, typer.Option(min=0.1)] = 10.0,
+) -> None:
+    """Measure how fast this machine loads a set."""
+    from data_pipeline.bench import throughput
+
+    found = throughput(data, size=size, batch_size=batch_size, workers=workers, seconds=seconds)
+    typer.echo(
+        f"{found.samples_per_second:.0f} samples/s with {workers} workers, {found.cpu_ms:.2f} CPU ms "
+        f"a sample, first batch after {found.first_batch:.2f} s; {found.samples} samples were read"
+    )
+
+
 def _line(manifest: Manifest) -> str:
     classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
     return (

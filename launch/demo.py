@@ -176,9 +176,9 @@ def report(findings: Findings, result: ExportResult, folder: RunFolder, console:
     """Print what was found and where it lies."""
     console.print(table(findings))
     errors = ", ".join(f"{name} {error:.3f}" for name, error in findings.reconstruction.items())
-    console.print(f"error on hidden patches: {errors}", highlight=False)
+    console.print(f"error on hidden patches: {errors}", highlight=False, soft_wrap=True)
     reopened = f"export reopened by timm in a fresh process: largest difference {result.max_difference:.1e}"
-    console.print(reopened + "\n", highlight=False)
+    console.print(reopened + "\n", highlight=False, soft_wrap=True)
     places = {
         "run": folder.root, "metrics": folder.metrics_file,
         "pictures": folder.pictures / "reconstructions.png", "backbone": result.folder,

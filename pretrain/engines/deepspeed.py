@@ -163,7 +163,7 @@ class DeepSpeedEngine:
     def step(self, settings: StepSettings) -> ZeroUpdate | None:
         """Apply the accumulated gradients; None, with nothing changed, where their norm isn't finite.
 
-        Reads one flag from the device: ZeRO 1 to 3 do so themselves, stage 0 does it here.
+        Reads one number from the device. DeepSpeed before 0.19.8 applied NaN, and stage 0 still does.
         """
         if self._micro_batches != self._accumulation:
             raise RuntimeError(f"step() after {self._micro_batches} of {self._accumulation} micro-batches")
@@ -171,31 +171,30 @@ class DeepSpeedEngine:
         for group, own in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
             group["lr"] = settings.lr * own.lr_scale
             group["weight_decay"] = settings.weight_decay * own.weight_decay_scale
-        norm = self._step_whole() if self.zero_stage == 0 else self._step_partitioned()
+        gradients = fragments.gradients(self._engine)
+        scale = 1.0 if self.loss_scale is None else self.loss_scale.value
+        norm = self._norm(gradients) / scale
+        finite = math.isfinite(norm.item())
         if self.loss_scale is not None:
-            self.loss_scale.overflowed() if norm is None else self.loss_scale.applied()
-        return None if norm is None else ZeroUpdate(norm, self._shards, self._names)
-
-    def _step_partitioned(self) -> Tensor | None:
-        self._engine.step()
-        if not self._engine.was_step_applied():
+            self.loss_scale.applied() if finite else self.loss_scale.overflowed()
+        if not finite:
+            with _without_effect(fragments.base_optimizer(self._engine)):
+                self._engine.step()
             return None
-        norm = self._engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.device).reshape(())
-
-    def _step_whole(self) -> Tensor | None:
-        """Stage 0, where DeepSpeed neither reports a norm nor refuses a gradient that isn't finite."""
-        gradients = [p.grad for p in self._objective.parameters() if p.grad is not None]
-        if self.loss_scale is not None:
-            torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
-        norm = nn.utils.get_total_norm(gradients).to(torch.float32)
-        if not math.isfinite(norm.item()):
-            self._engine.zero_grad()
-            return None
-        if self._clip:
-            with torch.no_grad():
-                torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
+        if self.zero_stage == 0:  # from stage 1 on DeepSpeed unscales and clips
+            factor = (self._clip / (norm + 1e-6)).clamp(max=1.0) if self._clip else torch.ones_like(norm)
+            if self._clip or scale != 1.0:
+                torch._foreach_mul_(gradients, factor / scale)
         self._engine.step()
+        return ZeroUpdate(norm, self._shards, self._names)
+
+    def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Global L2 norm, () float32, of gradients that are whole (stage 0) or shards."""
+        norm = nn.utils.get_total_norm(gradients).to(self.device, torch.float32)
+        if self.zero_stage:
+            norm.square_()
+            dist.all_reduce(norm)
+            norm.sqrt_()
         return norm
 
     @contextmanager
@@ -234,7 +233,7 @@ class DeepSpeedEngine:
     def load(self, directory: Path) -> dict[str, Any]:
         """Restore what `save` wrote at any number of ranks and any stage; collective; gives `extra` back.
 
-        Raises `RunError` where the folder holds another model. Random states return for as many ranks only.
+        Raises `RunError` where the folder holds another model. Random states return to as many ranks.
         """
         found = state.load(self._engine, self._shards, self._group, directory)
         if self.loss_scale is not None and found["loss_scale"] is not None:
@@ -246,6 +245,16 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers; the engine is of no use afterwards."""
         self._engine.destroy()
+
+
+@contextmanager
+def _without_effect(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A step of `optimizer` changes nothing: DeepSpeed drops gradients and gathers the same parameters."""
+    object.__setattr__(optimizer, "step", lambda closure=None: None)
+    try:
+        yield
+    finally:
+        object.__delattr__(optimizer, "step")
 
 
 @dataclass

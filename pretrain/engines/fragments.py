@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-KNOWN_DEEPSPEED = ("0.18", "0.19")
+KNOWN_DEEPSPEED = ("0.19",)
 """Minor versions whose private names were checked."""
 
 
@@ -118,6 +118,13 @@ def _zero3_slice(parameter: Any) -> tuple[int, int]:
     size = parameter.partition_numel()
     start = size * dist.get_rank(parameter.ds_process_group)
     return start, max(0, min(size, parameter.ds_numel - start))
+
+
+def gradients(engine: Any) -> list[Tensor]:
+    """What the optimizer will be given: averaged over ranks, whole at stage 0, else this rank's shards."""
+    if engine.zero_optimization_stage() == 0:
+        return [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return [g for group in engine.optimizer.averaged_gradients.values() for g in group or () if g is not None]
 
 
 def replicas(engine: Any) -> Iterator[Replica]:

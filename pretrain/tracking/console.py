@@ -64,6 +64,7 @@ class BarOnTerminal:
         self.task = self.bar.add_task(title, total=self.total, completed=start.step, text="starting")
         self.remaining = Remaining(start, time.monotonic)
         self.bar.start()
+        self.bar.console.show_cursor(True)  # rich would leave it hidden if this process were killed
 
     def log(self, row: Mapping[str, float | int]) -> None:
         step = int(row["step"])

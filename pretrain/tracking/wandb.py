@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from pretrain.types import Progress, Scores
+
+log = logging.getLogger(__name__)
 
 
 class Wandb:
@@ -32,13 +35,10 @@ class Wandb:
         settings: Mapping[str, object],
         already_sent: int,
     ) -> None:
-        import wandb  # takes seconds, so only where it is wanted
-
         self.already_sent = already_sent
-        self.run: Any = wandb.init(
-            dir=str(root), id=run_id, resume="allow", mode=_mode(mode), project=project,
-            name=name, tags=list(tags), config=dict(settings),
-            settings=wandb.Settings(silent=True, console="off"),
+        self.run: Any = _start(
+            _mode(mode), dir=str(root), id=run_id, resume="allow", project=project, name=name,
+            tags=list(tags), config=dict(settings),
         )  # fmt: skip
 
     def log(self, row: Mapping[str, float | int]) -> None:
@@ -67,6 +67,20 @@ class Wandb:
 
 
 Mode = Literal["online", "offline", "disabled"]
+
+
+def _start(mode: Mode, **arguments: Any) -> Any:
+    """A W&B run. Where the server can't be had, an offline one: a tracker is no reason not to train."""
+    import wandb  # takes seconds, so only where it is wanted
+
+    quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
+    try:
+        return wandb.init(mode=mode, settings=quiet, **arguments)
+    except wandb.Error as error:
+        if mode != "online":
+            raise
+        log.warning("W&B can't be reached, tracking offline; `wandb sync` sends it later: %s", error)
+        return wandb.init(mode="offline", settings=quiet, **arguments)
 
 
 def _mode(wanted: Literal["auto", "online", "offline"]) -> Mode:

@@ -79,16 +79,23 @@ def test_a_box_that_never_fits_is_central() -> None:
     assert (box.top, box.height, box.width, box.left) == (0, 10, 13, 493)
 
 
-@pytest.mark.parametrize(("size", "fraction"), [((224, 224), 0.875), ((96, 64), 1.0), ((32, 32), 0.5)])
-def test_the_centre_is_torchvisions(size: tuple[int, int], fraction: float) -> None:
-    from torchvision.transforms import functional
+@pytest.mark.parametrize(("side", "fraction"), [(224, 0.875), (96, 1.0), (32, 0.9), (32, 0.5)])
+def test_the_centre_is_torchvisions(side: int, fraction: float) -> None:
+    from torchvision.transforms import InterpolationMode, functional
 
-    view = ViewSpec(size, CenterCrop(fraction), flip=0)
+    view = ViewSpec((side, side), CenterCrop(fraction), flip=0)
     ours = center_view(PHOTO, view, fraction)[0].permute(1, 2, 0).numpy().astype(int)
-    scale = max(size[0] / 362, size[1] / 387) / fraction
-    image = Image.fromarray(PHOTO).resize((round(387 * scale), round(362 * scale)), Image.Resampling.BICUBIC)
-    theirs = np.asarray(functional.center_crop(image, list(size)))
+    image = functional.resize(Image.fromarray(PHOTO), int(side / fraction), InterpolationMode.BICUBIC)
+    theirs = np.asarray(functional.center_crop(image, [side, side]))
     assert np.abs(ours - theirs).max() <= 2
+
+
+def test_the_fast_resize_is_near_and_optional() -> None:
+    pytest.importorskip("cv2")
+    half = WorkerHalf(views(0.0), fast=True)
+    seeds = sample_seed(0, 0, 0, np.arange(8))
+    distance = (made(half, seeds).float() - made(WorkerHalf(views(0.0)), seeds).float()).abs().mean()
+    assert 0 < distance < 12
 
 
 def test_tiny_pictures() -> None:

@@ -75,7 +75,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         launcher.communicate()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -123,7 +123,7 @@ def test_one_dead_rank_ends_the_others_and_its_log_is_shown(
     """
     began = time.monotonic()
     assert run(tmp_path, body) == 1
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     shown = capfd.readouterr().err
     assert "the last words" in shown
     assert "rank 1 failed first (killed by SIGKILL, perhaps for lack of memory)" in shown
@@ -165,7 +165,7 @@ def test_a_signal_reaches_every_rank_once(tmp_path: Path, start: Start, number: 
         """
     )
     launcher.send_signal(number)
-    assert launcher.wait(20) == 3
+    assert launcher.wait(60) == 3
     assert [(tmp_path / f"asked{rank}").read_text() for rank in range(2)] == [f"[{int(number)}]"] * 2
 
 
@@ -185,7 +185,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:
     time.sleep(0.2)
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(5) == 130
+    assert launcher.wait(30) == 130
     assert not any(map(alive, pids(tmp_path)))
 
 
@@ -194,7 +194,7 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path, start: Start) -> Non
     assert all(map(alive, pids(tmp_path)))
     launcher.kill()
     launcher.wait()
-    wait_for(lambda: not any(map(alive, pids(tmp_path))), seconds=5)
+    wait_for(lambda: not any(map(alive, pids(tmp_path))), seconds=30)
 
 
 def test_what_a_rank_left_running_is_ended(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_what_a_rank_left_running_is_ended(tmp_path: Path) -> None:
     (here / f"pid{rank + 5}").write_text(str(child))
     """
     assert run(tmp_path, body) == 0
-    wait_for(lambda: not any(map(alive, pids(tmp_path))), seconds=5)
+    wait_for(lambda: not any(map(alive, pids(tmp_path))), seconds=30)
     assert len(pids(tmp_path)) == 4
 
 

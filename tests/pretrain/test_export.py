@@ -7,11 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from configs.errors import RunError
+from data_pipeline.transform import center_view
 from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import encoders, export
 from pretrain.encoders import EncoderConfig
@@ -95,6 +98,23 @@ def test_preprocessing_is_the_runs_and_not_the_architectures(tmp_path: Path) -> 
         assert (found["crop_pct"], found["interpolation"]) == (view.crop.fraction, view.interpolation)
         assert tuple(found["input_size"]) == (3, 32, 32)
         assert model.pretrained_cfg["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("size", [(224, 224), (32, 32), (32, 48)])
+def test_timm_shows_the_backbone_the_same_pixels(size: tuple[int, int]) -> None:
+    """timm's own transform from the exported settings against the view that evaluations use."""
+    generator = np.random.default_rng(0)
+    for height, width in ((375, 500), (387, 362), (250, 900)):
+        coarse = generator.integers(0, 255, (height // 16, width // 16, 3), dtype=np.uint8)
+        picture = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        for fraction in (0.875, 0.9, 1.0):
+            view = ViewSpec(size=size, crop=CenterCrop(fraction), flip=0.0, mean=(0, 0, 0), std=(1, 1, 1))
+            settings = {"input_size": (3, *size), "crop_pct": fraction, "mean": view.mean, "std": view.std}
+            theirs = timm.data.create_transform(**settings, interpolation="bicubic", crop_mode="center")(
+                picture
+            )
+            ours = center_view(np.array(picture), view, fraction)[0]
+            assert (theirs * 255 - ours).abs().max() <= 2.01, (height, width, fraction)
 
 
 @pytest.mark.parametrize("case", ["mean of patches", "ResNet"])

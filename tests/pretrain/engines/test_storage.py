@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import pickle
 import subprocess
 import sys
 from itertools import pairwise
@@ -96,6 +98,34 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     (tmp_path / storage.INDEX).write_text(json.dumps(index))
     with pytest.raises(RunError, match="elements 0 to 10 of model/w are missing"):
         Reader(tmp_path).read("model/w", 0, 10)
+
+
+class Trap:
+    """A pickle that leaves a trace when it is loaded."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return open, (str(self.trace), "w")  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("target", ["rank-00000.safetensors", storage.INDEX])
+def test_a_pickle_in_a_checkpoint_is_refused_and_not_executed(tmp_path: Path, target: str) -> None:
+    write(tmp_path / "c", torch.arange(10.0), [])
+    file = tmp_path / "c" / target
+    file.write_bytes(pickle.dumps(Trap(tmp_path / "trace")))
+    if target != storage.INDEX:  # crafted with care: size and checksum fit
+        index = json.loads((tmp_path / "c" / storage.INDEX).read_text())
+        index["files"][0] |= {
+            "bytes": file.stat().st_size,
+            "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        }
+        (tmp_path / "c" / storage.INDEX).write_text(json.dumps(index))
+        assert storage.damage(tmp_path / "c") is None
+    with pytest.raises(RunError, match=target):
+        storage.read_model(tmp_path / "c")
+    assert not (tmp_path / "trace").exists()
 
 
 def test_a_full_disk_is_an_oserror(tmp_path: Path) -> None:

@@ -80,6 +80,27 @@ def test_a_restart_goes_on_in_the_same_run_and_repeats_nothing(tmp_path: Path) -
     assert rows[1][1]["pictures/rebuilt/_type"] == "image-file"
 
 
+def test_an_unreachable_server_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import wandb
+
+    original, modes = wandb.init, []
+
+    def refuse_online(*, mode: str, **arguments: Any) -> Any:
+        modes.append(mode)
+        if mode == "online":
+            raise wandb.errors.CommError("no route to host")
+        return original(mode=mode, **arguments)
+
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(wandb, "init", refuse_online)
+    attempt(tmp_path, 0, range(1, 3))
+    assert modes == ["online", "offline"]
+    assert "tracking offline" in caplog.text
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+
 def test_without_a_key_it_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not has_key()
     assert _mode("auto") == "offline"
