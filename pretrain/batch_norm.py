@@ -1,8 +1,8 @@
 """Whose statistics a batch norm uses: a rank's own, all ranks', or those of fixed groups of samples.
 
 Per-rank statistics make a loss depend on the number of ranks, and let a contrastive method cheat: query and
-key of one image sit in the same batch. `grouped:N` normalises every N consecutive samples of the global batch on
-their own, which is the same arithmetic on one rank and on a thousand.
+key of one image sit in the same batch. `grouped:N` normalises every N consecutive samples of the global batch
+on their own, which is the same arithmetic on one rank and on a thousand.
 """
 
 from __future__ import annotations

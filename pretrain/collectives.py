@@ -57,9 +57,9 @@ def rank() -> int:
 def gather(rows: Tensor) -> Tensor:
     """Every rank's (n, ...) rows in rank order, on every rank: (ranks * n, ...). With gradient.
 
-    The gradient that reaches a rank's rows is summed over the ranks that used them. With each rank's loss its
-    part of a global mean, and an engine that averages gradients over ranks, that is the gradient of the global
-    loss.
+    The gradient that reaches a rank's rows is summed over the ranks that used them. With each rank's loss
+    its part of a global mean, and an engine that averages gradients over ranks, that is the gradient of the
+    global loss.
     """
     if ranks() == 1:
         return rows

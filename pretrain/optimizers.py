@@ -11,7 +11,7 @@ from torch import nn
 
 from configs.errors import ConfigError
 from configs.loading import Config
-from pretrain.schedules import ScheduleName, warmup_then
+from pretrain.schedules import ScheduleName, dropped, warmup_then
 from pretrain.types import Duration, ParamGroup, Progress, StepSettings, trainable
 
 Schedule = Callable[[Progress], StepSettings]
@@ -31,6 +31,8 @@ class OptimizerConfig(Config):
     schedule: ScheduleName = "cosine"
     warmup: Duration = Duration(0, "steps")
     final_lr: float = pydantic.Field(0.0, ge=0)
+    milestones: tuple[Duration, ...] = ()  # of `schedule: step`: where lr is multiplied by `drop`
+    drop: float = pydantic.Field(0.1, gt=0, lt=1)
 
     @pydantic.model_validator(mode="after")
     def _one_rate(self) -> OptimizerConfig:
@@ -38,6 +40,10 @@ class OptimizerConfig(Config):
             raise ValueError("set exactly one of base_lr (scaled by batch / 256) and lr")
         if self.warmup.unit == "min":
             raise ValueError("warmup: a schedule can't be measured in minutes; use steps, samples or epochs")
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ValueError("milestones: `schedule: step` needs them, and no other schedule has any")
+        if any(milestone.unit == "min" for milestone in self.milestones):
+            raise ValueError("milestones: use steps, samples or epochs")
         return self
 
     def peak_lr(self, batch_size: int) -> float:
@@ -64,9 +70,11 @@ class OptimizerConfig(Config):
                 f"optimizer.warmup: {self.warmup} is {warmup} steps, the training has only {total_steps}"
             )
         peak = self.peak_lr(batch_size)
+        milestones = [milestone.steps(batch_size, dataset_size) for milestone in self.milestones]
 
         def settings(progress: Progress) -> StepSettings:
             lr = warmup_then(self.schedule, progress.step, total_steps, warmup, peak, self.final_lr)
+            lr *= dropped(progress.step, milestones, self.drop)
             return StepSettings(lr=lr, weight_decay=self.weight_decay)
 
         return settings

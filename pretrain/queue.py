@@ -10,8 +10,8 @@ from torch.nn import functional
 class Queue(nn.Module):
     """The last `size` keys in the order of the global samples they came from (MoCo, arXiv:1911.05722 §3.1).
 
-    Any size and any batch go together: writing wraps around, and of a batch larger than the queue the last keys
-    stay. A part of the checkpoint, float32.
+    Any size and any batch go together: writing wraps around, and of a batch larger than the queue the last
+    keys stay. A part of the checkpoint, float32.
     """
 
     keys: Tensor  # (K, D) float32, unit length

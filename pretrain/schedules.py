@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
-ScheduleName = Literal["cosine", "constant"]
+ScheduleName = Literal["cosine", "step", "constant"]
 
 
 def warmup_then(
@@ -14,10 +15,15 @@ def warmup_then(
     """Value at `step` (0-based, before the update): linear from 0 over `warmup` steps, then the named shape.
 
     cosine: half a period from `peak` to `final` over the rest (SGDR, arXiv:1608.03983 eq. 5 with one period,
-    as facebookresearch/mae util/lr_sched.py does); constant: `peak`.
+    as facebookresearch/mae util/lr_sched.py does); constant and step: `peak`.
     """
     if step < warmup:
         return peak * step / warmup
-    if name == "constant" or total <= warmup:
+    if name != "cosine" or total <= warmup:
         return peak
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def dropped(step: int, milestones: Sequence[int], factor: float) -> float:
+    """Product of `factor` over the milestones that have been reached: the step schedule (MoCo v1, ResNet)."""
+    return factor ** sum(step >= milestone for milestone in milestones)

@@ -9,12 +9,12 @@ from torch import nn
 
 
 def copy_of(student: nn.Module) -> nn.Module:
-    """A teacher equal to `student` now, without gradients. It follows by `Update.lerp` after applied steps."""
+    """A teacher equal to `student` now, without gradients; `Update.lerp` moves it after applied steps."""
     teacher = copy.deepcopy(student)
     teacher.requires_grad_(False)
     return teacher
 
 
 def momentum_at(fraction: float, start: float, end: float = 1.0) -> float:
-    """Half a cosine from `start` to `end` over training (BYOL, arXiv:2006.07733 §3.3; MoCo v3's code alike)."""
+    """Half a cosine from `start` to `end` over training (BYOL, arXiv:2006.07733 §3.3; MoCo v3 alike)."""
     return end - (end - start) * (math.cos(math.pi * fraction) + 1) / 2

@@ -6,7 +6,7 @@ Radford et al. 2021, "Learning Transferable Visual Models From Natural Language 
 
     i, t    = unit(project(image tower)), unit(text tower)            over the global batch of N pairs
     softmax : mean over pairs of  -log softmax_row(s i t')_nn - log softmax_column(s i t')_nn, halved
-    sigmoid : mean over images of the sum over texts of  log(1 + exp(-z (s i t' + b))),  z = 1 for its own, else -1
+    sigmoid : mean over images of the sum over texts of log(1 + exp(-z (s i t' + b))), z = 1 for its own, else -1
 
 s = exp(logit_scale) is learnt, at most 100. Each rank compares its images with all texts in chunks, so the
 N x N matrix is never held; the sums over images for each text are then combined over ranks.

@@ -1,18 +1,19 @@
-"""Momentum contrast: two views of an image should be nearest to each other among a queue of other images' keys.
+"""Momentum contrast: two views of an image should be nearest among a queue of other images' keys.
 
-He et al. 2019, "Momentum Contrast for Unsupervised Visual Representation Learning" (arXiv:1911.05722, algorithm 1)
-and Chen et al. 2020, "Improved Baselines with Momentum Contrastive Learning" (arXiv:2003.04297): v1 and v2 differ
-in head, temperature and augmentation alone, which are settings here.
+He et al. 2019, "Momentum Contrast for Unsupervised Visual Representation Learning" (arXiv:1911.05722,
+algorithm 1) and Chen et al. 2020, "Improved Baselines with Momentum Contrastive Learning" (arXiv:2003.04297):
+v1 and v2 differ in head, temperature and augmentation alone, which are settings here.
 
     q = unit(head(encoder(view 1)))        k = unit(head'(encoder'(view 2))), no gradient
     loss = -log  exp(q k / T) / (exp(q k / T) + sum over the queue of exp(q k_j / T))
     after an applied step: encoder' <- m encoder' + (1 - m) encoder, and the step's keys enter the queue
 
-All keys of a global batch are made before its first query, by all ranks together and from permuted images, so that
-batch norm can't tell which key belongs to a query. Every micro-batch sees the queue as it was at the step's start.
+All keys of a global batch are made before its first query, by all ranks together and from permuted images, so
+that batch norm can't tell which key belongs to a query. Every micro-batch sees the queue as it was at the
+step's start.
 
-Departure: with `batch_norm: grouped:N` the statistics are those of N consecutive samples of the (permuted) global
-batch on any number of ranks, so that one process trains as many do.
+Departure: with `batch_norm: grouped:N` the statistics are those of N consecutive samples of the (permuted)
+global batch on any number of ranks, so that one process trains as many do.
 """
 
 from __future__ import annotations

@@ -45,3 +45,15 @@ def test_bad_settings_are_one_line() -> None:
         OptimizerConfig(lr=1.0, warmup=Duration(5, "epochs")).schedule_for(8, 80, 10)
     with pytest.raises(ValueError, match="exactly one of base_lr"):
         OptimizerConfig()
+
+
+def test_the_step_schedule_drops_at_its_milestones() -> None:
+    config = OptimizerConfig(
+        lr=1.0, schedule="step", milestones=(Duration(3, "steps"), Duration(1, "epochs")), drop=0.1
+    )
+    schedule = config.schedule_for(batch_size=8, dataset_size=40, total_steps=8)
+    rates = [schedule(Progress(step, 8 * step, 8, 40)).lr for step in range(8)]
+    assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.01, 0.01, 0.01])
+    for wrong in ({"schedule": "step"}, {"milestones": ("3 steps",)}):
+        with pytest.raises(ValueError, match="milestones"):
+            OptimizerConfig.model_validate({"lr": 1.0} | wrong)

@@ -26,7 +26,7 @@ class FakeEngine:
 
     device = torch.device("cpu")
 
-    def __init__(self, skip: set[int] = frozenset()) -> None:  # type: ignore[assignment]
+    def __init__(self, skip: frozenset[int] = frozenset()) -> None:
         self.calls: list[str] = []
         self.skip, self.steps = skip, 0
 
@@ -79,9 +79,13 @@ def batches() -> Iterator[Batch]:
 
 
 def fit(
-    total: int, skip: set[int] = frozenset(), stop_after: Duration | None = None, request: StopRequest | None = None,  # type: ignore[assignment]
-    start: int = 0, micro: int = 4,
-) -> tuple[Progress, StopReason, FakeEngine, FakeObjective, Recorder]:  # fmt: skip
+    total: int,
+    skip: frozenset[int] = frozenset(),
+    stop_after: Duration | None = None,
+    request: StopRequest | None = None,
+    start: int = 0,
+    micro: int = 4,
+) -> tuple[Progress, StopReason, FakeEngine, FakeObjective, Recorder]:
     progress = Progress(step=start, samples=start * BATCH, total_steps=total, dataset_size=100)
     engine, objective, recorder = FakeEngine(skip), FakeObjective(), Recorder()
     trainer = Trainer(
@@ -110,7 +114,7 @@ def test_it_trains_to_the_end() -> None:
 
 
 def test_a_skipped_update_consumes_data_and_nothing_else() -> None:
-    end, _, engine, objective, recorder = fit(total=3, skip={1})
+    end, _, engine, objective, recorder = fit(total=3, skip=frozenset({1}))
     assert (end.step, end.samples) == (3, 32)
     assert engine.steps == 4 and objective.updated == [1, 2, 3]
     assert [r.progress.samples for r in recorder.reports] == [8, 24, 32]
@@ -119,7 +123,7 @@ def test_a_skipped_update_consumes_data_and_nothing_else() -> None:
 
 def test_nothing_but_skips_ends_in_one_line() -> None:
     with pytest.raises(RunError, match="3 batches in a row"):
-        fit(total=9, skip=set(range(1, 9)))
+        fit(total=9, skip=frozenset(range(1, 9)))
 
 
 def test_stop_after_and_signals_leave_early() -> None:
