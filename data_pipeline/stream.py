@@ -2,8 +2,8 @@
 
 A weaker guarantee, for data that can't be indexed: which samples make up a batch depends on the number of
 ranks; resuming starts the stream anew instead of going on; ranks see different shards, unevenly when the
-counts don't divide; damage that ends a tar early goes unnoticed. What still holds: pixels follow from each sample's
-seed, and broken pictures are named. Index the shards (keel data index) for the exact order.
+counts don't divide; damage that ends a tar early goes unnoticed. What still holds: pixels follow from each
+sample's seed, and broken pictures are named. Index the shards (keel data index) for the exact order.
 """
 
 from __future__ import annotations
