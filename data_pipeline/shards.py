@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import random
+import tarfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,3 +41,28 @@ def check_key(key: str) -> None:
         raise DataError(
             f"{key!r} can't be a sample's key: at most 80 bytes, no dot in the last part, not empty"
         )
+
+
+def read_stream(
+    urls: Sequence[str], *, shuffle: int, seed: int, rank: int, world_size: int, allow_shell: bool
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Samples of unindexed tars, for ever, through webdataset's own reader: (key, field -> bytes).
+
+    Nothing is decoded here, so no pickle in a shard is ever opened. `pipe:` names run a shell command and
+    need `allow_shell`. Raises `DataError`.
+    """
+    commands = [url for url in urls if url.startswith("pipe:")]
+    if commands and not allow_shell:
+        raise DataError(f"{commands[0]!r}: runs a shell command; set allow_shell to permit it")
+    mine = list(urls)[rank::world_size]
+    if not mine:
+        raise DataError(f"{len(urls)} streamed shards for {world_size} ranks: every rank needs at least one")
+    data = webdataset.WebDataset(
+        mine, nodesplitter=None, workersplitter=None, shardshuffle=False, detshuffle=True, seed=seed
+    )
+    try:
+        for sample in data.shuffle(shuffle, rng=random.Random(seed)).repeat():
+            fields = {name: value for name, value in sample.items() if not name.startswith("__")}
+            yield str(sample["__key__"]), fields
+    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+        raise DataError(f"{mine[0]} and following: can't be streamed: {error}") from error

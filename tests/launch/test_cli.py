@@ -88,7 +88,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     began = time.monotonic()
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.rstrip().endswith("[]")
-    assert time.monotonic() - began < 3  # 0.3 s on a machine with nothing else to do
+    assert time.monotonic() - began < 10  # 0.3 s on a machine with nothing else to do
 
 
 def test_the_module_is_the_command(keel: Callable[..., Said]) -> None:
