@@ -74,7 +74,7 @@ class RunConfig(Config):
     def placed(self) -> RunConfig:
         """The same run with absolute paths, so that it means the same from any working directory."""
         run = self.run.model_copy(update={"dir": self.run.dir.expanduser().absolute()})
-        data = self.data.model_copy(update={"manifest": self.data.manifest.expanduser().absolute()})
+        data = _placed(self.data)
         evaluate = tuple(evaluation.placed() for evaluation in self.evaluate)
         return self.model_copy(update={"run": run, "data": data, "evaluate": evaluate})
 
@@ -100,10 +100,18 @@ class RunConfig(Config):
         return micro, share // micro
 
 
+def _placed(data: DataConfig) -> DataConfig:
+    def absolute(path: Path) -> Path:
+        return path.expanduser().absolute()
+
+    also = tuple(s.model_copy(update={"manifest": absolute(s.manifest)}) for s in data.also)
+    return data.model_copy(update={"manifest": absolute(data.manifest), "also": also})
+
+
 MAY_CHANGE = (
-    "run.dir", "run.threads", "data.workers", "data.prefetch", "data.manifest", "train.micro_batch_size",
-    "train.zero_stage",
-    "train.stop_after", "checkpoint", "evaluate", "track",
+    "run.dir", "run.threads", "data.workers", "data.prefetch", "data.manifest", "data.cache",
+    "data.max_broken", "train.micro_batch_size", "train.zero_stage", "train.stop_after", "checkpoint",
+    "evaluate", "track",
 )  # fmt: skip
 """What a resumed run may change: how it runs, not what it computes. The manifest is compared by its hash."""
 

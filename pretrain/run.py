@@ -16,7 +16,7 @@ import torch
 from configs import loading
 from configs.errors import ConfigError, RunError, UserError
 from data_pipeline import demo
-from data_pipeline.load import build_loader
+from data_pipeline.load import Loader, build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.transform import device_half
@@ -51,28 +51,39 @@ class Plan:
     """A config with the facts of its data: all that can be known before a process group starts."""
 
     config: RunConfig
-    manifest: Manifest
+    manifests: tuple[Manifest, ...]
     image_size: tuple[int, int]
     total_steps: int
 
     @classmethod
     def of(cls, config: RunConfig) -> Plan:
-        """Raises `UserError` where the manifest can't be used."""
-        manifest = Manifest.load(config.data.manifest)
+        """Raises `UserError` where a manifest can't be used."""
+        manifests = tuple(Manifest.load(source.manifest) for source in config.data.sources)
+        samples = sum(manifest.samples for manifest in manifests)
         size = config.data.image_size
         return cls(
             config=config,
-            manifest=manifest,
+            manifests=manifests,
             image_size=size if isinstance(size, tuple) else (size, size),
-            total_steps=config.train.duration.steps(config.train.batch_size, manifest.samples),
+            total_steps=config.train.duration.steps(config.train.batch_size, samples),
         )
+
+    @property
+    def samples(self) -> int:
+        """Size of one epoch: of all sources together."""
+        return sum(manifest.samples for manifest in self.manifests)
+
+    @property
+    def data_hash(self) -> str:
+        """Identity of the data, whatever their place."""
+        return "+".join(manifest.hash for manifest in self.manifests)
 
     @property
     def views(self) -> Sequence[ViewSpec]:
         return self.config.objective.views(self.image_size)
 
     def start(self) -> Progress:
-        return Progress(0, 0, self.total_steps, self.manifest.samples)
+        return Progress(0, 0, self.total_steps, self.samples)
 
     def objective(self, world_size: int = 1) -> Objective:
         """The objective with random weights, from torch's current generator and on its current device."""
@@ -80,7 +91,7 @@ class Plan:
         context = BuildContext(
             encoder=encoders.build(config.encoder, self.image_size),
             image_size=self.image_size,
-            dataset_size=self.manifest.samples,
+            dataset_size=self.samples,
             batch_size=config.train.batch_size,
             autocast=config.train.autocast,
             world_size=world_size,
@@ -104,12 +115,12 @@ def prepare(config: RunConfig, *, world_size: int, progress: DemoProgress | None
     _make_demo_data(config, progress)
     plan = Plan.of(config)
     state = folder.read_state() if folder.exists() else {}
-    if state.get("manifest_hash", plan.manifest.hash) != plan.manifest.hash:
+    if state.get("manifest_hash", plan.data_hash) != plan.data_hash:
         raise RunError(
             f"data.manifest: {config.data.manifest} holds other data than {folder.root} was trained on "
-            f"(hash {plan.manifest.hash[:12]}, was {state['manifest_hash'][:12]}); set another run.dir"
+            f"(hash {plan.data_hash[:12]}, was {state['manifest_hash'][:12]}); set another run.dir"
         )
-    config.optimizer.schedule_for(config.train.batch_size, plan.manifest.samples, plan.total_steps)
+    config.optimizer.schedule_for(config.train.batch_size, plan.samples, plan.total_steps)
     with torch.device("meta"):
         plan.objective(world_size)
     folder.create()
@@ -117,7 +128,7 @@ def prepare(config: RunConfig, *, world_size: int, progress: DemoProgress | None
         write_atomically(folder.config_file, loading.dump(config))
         if not state:
             identity = {"id": secrets.token_hex(4), "created": now(), "status": "new"}
-            data = {"manifest_hash": plan.manifest.hash, "total_steps": plan.total_steps}
+            data = {"manifest_hash": plan.data_hash, "total_steps": plan.total_steps}
             folder.update_state(**identity, **data)
         folder.update_state(**provenance())
     return folder
@@ -192,8 +203,16 @@ def _train(
         precision=config.train.precision,
     )
     processes.seed(config.run.seed, per_rank=True)
+    # Claimed first: from here on an older attempt that still lives can't publish another checkpoint.
+    number = from_main(folder.claim_attempt)
+    from_main(partial(checkpoint.sweep, folder.root, number))
     start = _resume(folder, engine, plan)
-    attempt = _claim(folder, here, start, config)
+    attempt = {
+        "attempt": number,
+        "from_step": start.step,
+        "world_size": here.world_size,
+        "zero_stage": config.train.zero_stage,
+    }
     log.info(
         "%s: %d parameters; %s; batch %d = %d ranks x %d x %d; steps %d to %d",
         config.objective.name,
@@ -215,6 +234,7 @@ def _train(
         rank=here.rank,
         world_size=here.world_size,
         position=start.samples,
+        quarantine=folder.root / "quarantine.jsonl",
     )
     try:
         trainer = Trainer(
@@ -228,7 +248,7 @@ def _train(
             ),
             stopping=Stopping(stop, Agreement(), config.train.stop_after, start, config.train.batch_size),
             skipped=SkippedUpdates(),
-            listeners=_listeners(folder, plan, engine, here, attempt, start, console),
+            listeners=_listeners(folder, plan, engine, here, attempt, start, loader, console),
         )
         return trainer.fit(start)[1]
     finally:
@@ -248,17 +268,7 @@ def _resume(folder: RunFolder, engine: Engine, plan: Plan) -> Progress:
             "finish the run with the keel that began it"
         )
     log.info("resuming from %s", newest)
-    return Progress(extra["step"], extra["samples"], plan.total_steps, plan.manifest.samples)
-
-
-def _claim(folder: RunFolder, here: Processes, start: Progress, config: RunConfig) -> dict[str, Any]:
-    """This attempt's entry of run.json; its number is claimed by rank 0 and the same on all ranks."""
-    return {
-        "attempt": from_main(folder.claim_attempt),
-        "from_step": start.step,
-        "world_size": here.world_size,
-        "zero_stage": config.train.zero_stage,
-    }
+    return Progress(extra["step"], extra["samples"], plan.total_steps, plan.samples)
 
 
 def _listeners(
@@ -268,13 +278,14 @@ def _listeners(
     here: Processes,
     attempt: dict[str, Any],
     start: Progress,
+    loader: Loader,
     console: TextIO | None,
 ) -> list[Listener]:
     """In the order they act after a step; at the end they finish in reverse.
 
     A step's row is written before its checkpoint, so that no resume can lose one.
     """
-    config, sizes = plan.config, (plan.config.train.batch_size, plan.manifest.samples)
+    config, sizes = plan.config, (plan.config.train.batch_size, plan.samples)
     trackers = []
     if here.main:
         trackers = tracking.build(
@@ -290,6 +301,7 @@ def _listeners(
         every_steps=config.track.every.steps(*sizes),
         attempt=attempt["attempt"],
         start=start,
+        beside=lambda: {f"data/{name}": value for name, value in loader.metrics().items()},
     )
     listeners: list[Listener] = [Heartbeat(folder, attempt)] if here.main else []
     listeners.append(track)
@@ -312,6 +324,7 @@ def _listeners(
             start=start,
             batch_size=sizes[0],
             extra=partial(_state_beside, plan),
+            tell=track.tell,
         )
     )
     return listeners
@@ -323,7 +336,7 @@ def _state_beside(plan: Plan, progress: Progress) -> dict[str, Any]:
         "step": progress.step,
         "samples": progress.samples,
         "order_version": ORDER_VERSION,
-        "manifest_hash": plan.manifest.hash,
+        "manifest_hash": plan.data_hash,
         "config": plan.config.model_dump(mode="json"),
     }
 

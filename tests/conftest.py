@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from tests.selection import (  # noqa: F401  hooks
     pytest_runtest_setup,
 )
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a CI started by nohup would pass on that it is ignored
 torch.set_num_threads(1)
 ensure_torchvision()
 

@@ -163,6 +163,7 @@ def _preload() -> None:
 
     ensure_torchvision()
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  pulls torch._inductor, a second per rank
+    import sklearn.linear_model  # noqa: F401
     import timm  # noqa: F401
 
     import pretrain.engines.deepspeed  # noqa: F401

@@ -104,10 +104,13 @@ class Track:
         every_steps: int,
         attempt: int,
         start: Progress,
+        beside: Callable[[], Mapping[str, float]] = dict,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`beside` gives more of rank 0's figures for a row that is due, such as the loader's counts."""
         self.trackers, self.every, self.attempt = trackers, max(1, every_steps), attempt
-        self.before, self.clock = start, clock
+        self.before, self.beside, self.clock = start, beside, clock
+        self.told: dict[str, float] = {}
         self.waited = self.seconds = 0.0
 
     def after_step(self, report: StepReport) -> None:
@@ -118,10 +121,15 @@ class Track:
             for tracker in self.trackers:
                 tracker.log(row)
             self.before, self.waited, self.seconds = report.progress, 0.0, 0.0
+            self.told = {}
 
     def due(self, progress: Progress) -> bool:
         """Follows from the step alone, so that ranks agree and a resumed run logs the same steps."""
         return progress.step % self.every == 0 or progress.step == 1 or progress.done
+
+    def tell(self, progress: Progress, figures: Mapping[str, float]) -> None:
+        """Figures that come now and then, for the next row."""
+        self.told |= figures
 
     def evaluated(self, progress: Progress, scores: Scores) -> None:
         """An evaluator's result, heard on rank 0."""
@@ -161,4 +169,6 @@ class Track:
             "seconds": mean["seconds"],
             "time": self.clock(),
             **{name: mean[name] for name in own},
+            **(self.beside() if self.trackers else {}),
+            **self.told,
         }
