@@ -51,13 +51,13 @@ class GroupedBatchNorm(nn.BatchNorm2d):
             raise ValueError(f"{len(input)} samples can't be cut into groups of {self.size}")
         groups, channels = len(input) // self.size, input.shape[1]
         # A group becomes a block of channels, so that one call of the fast kernel normalises all groups.
-        folded = input.unflatten(0, (groups, self.size)).transpose(0, 1).flatten(1, 2)
+        folded = input.reshape(groups, self.size, *input.shape[1:]).transpose(0, 1).flatten(1, 2)
         mean = torch.zeros(groups * channels, device=input.device)
         variance = torch.ones(groups * channels, device=input.device)
         weight, bias = (None if p is None else p.repeat(groups) for p in (self.weight, self.bias))
         out = functional.batch_norm(folded, mean, variance, weight, bias, True, 1.0, self.eps)
         _remember(self, mean.view(groups, channels).mean(0), variance.view(groups, channels).mean(0))
-        return out.unflatten(1, (groups, channels)).transpose(0, 1).flatten(0, 1)
+        return out.reshape(self.size, groups, *input.shape[1:]).transpose(0, 1).flatten(0, 1)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
@@ -73,7 +73,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         over = [0, *range(2, x.ndim)]
         moments = torch.stack([x.mean(over), x.square().mean(over)])
         if ranks() > 1:
-            moments = all_reduce(moments) / ranks()
+            moments = all_reduce(moments) / ranks()  # type: ignore[no-untyped-call]
         mean, variance = moments[0], (moments[1] - moments[0].square()).clamp(min=0)
         count = x.numel() // x.shape[1] * ranks()
         _remember(self, mean.detach(), variance.detach() * count / max(count - 1, 1))

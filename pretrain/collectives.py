@@ -63,7 +63,7 @@ def gather(rows: Tensor) -> Tensor:
     """
     if ranks() == 1:
         return rows
-    return torch.cat(functional.all_gather(rows.contiguous()))
+    return torch.cat(functional.all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

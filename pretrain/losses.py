@@ -55,7 +55,7 @@ def log_sums(rows: Tensor, columns: Tensor, scale: Tensor, chunk: int = 4096) ->
         rows, columns, scale = rows.float(), columns.float(), scale.float()
         parts = [
             checkpoint(part, piece, rows, scale, use_reentrant=False, preserve_rng_state=False)
-            for piece in columns.split(chunk)
+            for piece in torch.split(columns, chunk)
         ]
         over_columns = torch.stack([of_rows for of_rows, _ in parts]).logsumexp(dim=0)
         return over_columns, torch.cat([of_columns for _, of_columns in parts])

@@ -81,10 +81,12 @@ class TextTower(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         for block in self.transformer.resblocks:
             assert isinstance(block, ResidualBlock)
+            into, out = block.mlp.c_fc, block.mlp.c_proj
+            assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+            nn.init.normal_(into.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(out.weight, std=width**-0.5 * (2 * depth) ** -0.5)
         nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -99,5 +101,5 @@ class TextTower(nn.Module):
         for block in self.transformer.resblocks:
             x = block(x, mask)
         x = self.ln_final(x)
-        at_end = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
+        at_end: Tensor = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=1)]
         return at_end @ self.text_projection

@@ -127,7 +127,7 @@ class MoCo(Objective):
 
     def encode_keys(self, images: Tensor) -> Tensor:
         """(n, 3, H, W) -> (n, D) unit float32, in micro-batches."""
-        parts = images.split(self.micro_batch_size)
+        parts = torch.split(images, self.micro_batch_size)
         with torch.no_grad(), autocast(images.device, self.autocast_dtype):
             keys = [self.teacher_head(encoders.features(self.teacher_encoder, part)) for part in parts]
         return functional.normalize(torch.cat(keys).float(), dim=1)
