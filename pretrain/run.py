@@ -188,20 +188,11 @@ def train(folder: RunFolder, stop: StopRequest, console: TextIO | None = None) -
 def _train(
     folder: RunFolder, plan: Plan, here: Processes, stop: StopRequest, console: TextIO | None
 ) -> StopReason:
-    config = plan.config
-    micro_batch, accumulation = config.micro_batch(here.world_size)
+    config, batch_size = plan.config, plan.config.train.batch_size
+    micro_batch, _ = config.micro_batch(here.world_size)
     processes.seed(config.run.seed)
     objective = plan.objective(here.world_size)
-    engine = deepspeed.initialize(
-        objective,
-        config.optimizer.make,
-        here,
-        micro_batch=micro_batch,
-        accumulation=1 if isinstance(objective, WholeBatchObjective) else accumulation,
-        zero_stage=config.train.zero_stage,
-        gradient_clip=config.train.gradient_clip,
-        precision=config.train.precision,
-    )
+    engine = _engine(objective, plan, here)
     processes.seed(config.run.seed, per_rank=True)
     # Claimed first: from here on an older attempt that still lives can't publish another checkpoint.
     number = from_main(folder.claim_attempt)
@@ -213,24 +204,12 @@ def _train(
         "world_size": here.world_size,
         "zero_stage": config.train.zero_stage,
     }
-    log.info(
-        "%s: %d parameters; %s; batch %d = %d ranks x %d x %d; steps %d to %d",
-        config.objective.name,
-        encoders.parameter_count(objective),
-        config.optimizer.stated(config.train.batch_size),
-        config.train.batch_size,
-        here.world_size,
-        accumulation,
-        micro_batch,
-        start.step,
-        start.total_steps,
-    )
     loader = build_loader(
         config.data,
         plan.views,
         needs=config.objective.needs,
         seed=config.run.seed,
-        batch_size=config.train.batch_size,
+        batch_size=batch_size,
         rank=here.rank,
         world_size=here.world_size,
         position=start.samples,
@@ -241,12 +220,10 @@ def _train(
             engine=engine,
             objective=objective,
             batches=loader,
-            batch_size=config.train.batch_size,
+            batch_size=batch_size,
             accumulate=accumulate_for(objective, micro_batch, device_half(plan.views)),
-            schedule=config.optimizer.schedule_for(
-                config.train.batch_size, start.dataset_size, start.total_steps
-            ),
-            stopping=Stopping(stop, Agreement(), config.train.stop_after, start, config.train.batch_size),
+            schedule=config.optimizer.schedule_for(batch_size, start.dataset_size, start.total_steps),
+            stopping=Stopping(stop, Agreement(), config.train.stop_after, start, batch_size),
             skipped=SkippedUpdates(),
             listeners=_listeners(folder, plan, engine, here, attempt, start, loader, console),
         )
@@ -254,6 +231,33 @@ def _train(
     finally:
         loader.close()
         engine.close()
+
+
+def _engine(objective: Objective, plan: Plan, here: Processes) -> deepspeed.DeepSpeedEngine:
+    config = plan.config
+    micro_batch, accumulation = config.micro_batch(here.world_size)
+    log.info(
+        "%s: %d parameters; %s; batch %d = %d ranks x %d x %d; %d steps",
+        config.objective.name,
+        encoders.parameter_count(objective),
+        config.optimizer.stated(config.train.batch_size),
+        config.train.batch_size,
+        here.world_size,
+        accumulation,
+        micro_batch,
+        plan.total_steps,
+    )
+    return deepspeed.initialize(
+        objective,
+        config.optimizer.make,
+        here,
+        micro_batch=micro_batch,
+        # A whole-batch loss cuts its micro-batches itself, inside of one forward.
+        accumulation=1 if isinstance(objective, WholeBatchObjective) else accumulation,
+        zero_stage=config.train.zero_stage,
+        gradient_clip=config.train.gradient_clip,
+        precision=config.train.precision,
+    )
 
 
 def _resume(folder: RunFolder, engine: Engine, plan: Plan) -> Progress:
