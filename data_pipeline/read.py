@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.errors import DataError
-from data_pipeline.index import Index, split_name
+from data_pipeline.index import Index, Row, split_name
 from data_pipeline.manifest import Manifest
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm")
 LABEL_FIELDS = ("cls",)
 CAPTION_FIELDS = ("txt", "json")
 
-_NEAR = 64 * 1024  # bytes between two wanted fields that are cheaper to read than to skip
+_SMALL = 16 * 1024  # bytes of a sample that is read at once
 _OPEN_BYTES = 96 << 20  # of indexes kept in memory
 _OPEN_FILES = 200
 _RELOCATIONS = 5
@@ -73,11 +73,11 @@ class Reader:
         Raises `ShardError`, or `SampleError` where a field is missing, too large or not as indexed.
         """
         opened = self._opened(shard)
-        columns = [self._column(shard, opened, sample, names) for names in wanted]
-        payloads = self._payloads(shard, opened, sample, columns)
-        return [
-            (opened.index.fields[column], payload) for column, payload in zip(columns, payloads, strict=True)
-        ]
+        row = opened.index.row(sample)
+        columns = [self._column(shard, opened, sample, row, names) for names in wanted]
+        payloads = self._payloads(shard, opened, sample, row, columns)
+        fields = opened.index.fields
+        return [(fields[column], payload) for column, payload in zip(columns, payloads, strict=True)]
 
     def key(self, shard: int, sample: int) -> str:
         return self._opened(shard).index.key(sample)
@@ -85,9 +85,9 @@ class Reader:
     def will_read(self, shard: int, sample: int) -> None:
         """Ask the system to fetch a sample's pages now."""
         opened = self._opened(shard)
-        offsets, sizes = opened.index.offsets[sample], opened.index.sizes[sample]
-        start, end = max(0, int(offsets.min())), int((offsets + sizes).max())
-        os.posix_fadvise(opened.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+        offsets, sizes, _ = opened.index.row(sample)
+        start = max(0, min(offsets))
+        os.posix_fadvise(opened.descriptor, start, max(offsets) - start + max(sizes), os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         for opened in self._open.values():
@@ -95,28 +95,31 @@ class Reader:
         self._open.clear()
         self._bytes = 0
 
-    def _column(self, shard: int, opened: _Open, sample: int, names: Sequence[str]) -> int:
-        index = opened.index
+    def _column(self, shard: int, opened: _Open, sample: int, row: Row, names: Sequence[str]) -> int:
+        fields = opened.index.fields
         for name in names:
-            if name in index.fields:
-                column = index.fields.index(name)
-                if index.offsets[sample, column] >= 0:
-                    if index.sizes[sample, column] > _HUGE:
+            if name in fields:
+                column = fields.index(name)
+                if row.offsets[column] >= 0:
+                    if row.sizes[column] > _HUGE:
                         raise self._error(shard, sample, name, f"larger than {_HUGE >> 20} MiB")
                     return column
-        has = [f for f, at in zip(index.fields, index.offsets[sample], strict=True) if at >= 0]
+        has = [field for field, at in zip(fields, row.offsets, strict=True) if at >= 0]
         raise self._error(shard, sample, "/".join(names), f"missing; the sample has {', '.join(has)}")
 
-    def _payloads(self, shard: int, opened: _Open, sample: int, columns: Sequence[int]) -> list[bytes]:
-        index = opened.index
-        spans = [(int(index.offsets[sample, c]), int(index.sizes[sample, c])) for c in columns]
-        start, end = min(at for at, _ in spans), max(at + size for at, size in spans)
-        together = end - start <= sum(size for _, size in spans) + _NEAR
+    def _payloads(
+        self, shard: int, opened: _Open, sample: int, row: Row, columns: Sequence[int]
+    ) -> list[bytes]:
+        """The fields' bytes: small samples by one read; in large ones copying would cost more than a call."""
+        start = min(row.offsets[c] for c in columns)
+        end = max(row.offsets[c] + row.sizes[c] for c in columns)
+        together = end - start <= _SMALL
         whole = self._pread(shard, opened, start, end - start) if together else b""
         payloads = []
-        for column, (at, size) in zip(columns, spans, strict=True):
+        for column in columns:
+            at, size = row.offsets[column], row.sizes[column]
             data = whole[at - start : at - start + size] if together else self._pread(shard, opened, at, size)
-            if zlib.crc32(data) != index.checksums[sample, column]:
+            if zlib.crc32(data) != row.checksums[column]:
                 raise self._mismatch(shard, opened, sample, column)
             payloads.append(data)
         return payloads

@@ -31,11 +31,14 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable
 
 @pytest.mark.parametrize("number", MEANING)
 def test_signals_set_the_flag(number: signal.Signals) -> None:
-    before = signal.getsignal(number)
-    with listening(StopRequest()) as stop:
-        os.kill(os.getpid(), number)
-        assert stop.reason == MEANING[number]
-    assert signal.getsignal(number) is before
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may themselves run under nohup
+    try:
+        with listening(StopRequest()) as stop:
+            os.kill(os.getpid(), number)
+            assert stop.reason == MEANING[number]
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_hang_up_stays_ignored_under_nohup() -> None:

@@ -61,7 +61,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     def begin(body: str, nproc: int = 2) -> subprocess.Popen[str]:
         command = rank_script(tmp_path, body)
         code = (
-            "import sys; from pathlib import Path; from launch.local import supervise;"
+            "import signal, sys; from pathlib import Path; from launch.local import supervise;"
+            "signal.signal(signal.SIGHUP, signal.SIG_DFL);"  # these tests may themselves run under nohup
             f"sys.exit(supervise({command!r}, {nproc}, Path({str(tmp_path / 'logs')!r}), {{}}))"
         )
         launcher = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
