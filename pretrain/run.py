@@ -215,7 +215,9 @@ def _train(
         position=start.samples,
         quarantine=folder.root / "quarantine.jsonl",
     )
+    listeners: list[Listener] = []
     try:
+        listeners += _listeners(folder, plan, engine, here, attempt, start, loader, console)
         trainer = Trainer(
             engine=engine,
             objective=objective,
@@ -225,9 +227,13 @@ def _train(
             schedule=config.optimizer.schedule_for(batch_size, start.dataset_size, start.total_steps),
             stopping=Stopping(stop, Agreement(), config.train.stop_after, start, batch_size),
             skipped=SkippedUpdates(),
-            listeners=_listeners(folder, plan, engine, here, attempt, start, loader, console),
+            listeners=listeners,
         )
         return trainer.fit(start)[1]
+    except Exception:
+        for track in (listener for listener in listeners if isinstance(listener, tracking.Track)):
+            track.fail()
+        raise
     finally:
         loader.close()
         engine.close()

@@ -23,6 +23,11 @@ TIMEOUT = timedelta(minutes=30)
 """Longer than the longest work that rank 0 does alone (evaluation, publishing a checkpoint)."""
 
 
+_STANDING = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+_ALONE = "KEEL_STANDS_ALONE"
+"""Set where this process made up its own place; `stop` takes it back, so that a later run finds a port."""
+
+
 @dataclass(frozen=True)
 class Processes:
     """Where this process stands among the ranks of the run."""
@@ -67,6 +72,9 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     PartialState._reset_state()
+    if os.environ.pop(_ALONE, None):
+        for name in (*_STANDING, "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
 
 
 def seed(value: int, per_rank: bool = False) -> None:
@@ -120,5 +128,5 @@ def _stand_alone() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(_STANDING, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ[_ALONE] = "1"

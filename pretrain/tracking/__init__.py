@@ -140,6 +140,11 @@ class Track:
         for tracker in self.trackers:
             tracker.pictures(step, images)
 
+    def fail(self) -> None:
+        """The run ends by an error."""
+        for tracker in self.trackers:
+            tracker.finish("failed")
+
     def finish(self, progress: Progress, reason: StopReason) -> None:
         for tracker in self.trackers:
             tracker.finish(reason)

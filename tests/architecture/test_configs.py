@@ -9,7 +9,7 @@ import pytest
 from configs.loading import PACKAGED, Config, dump, load, validate
 from pretrain.config import RunConfig
 
-SCHEMAS: dict[str, type[Config]] = {"demo": RunConfig, "smoke": RunConfig, "mae": RunConfig, "moco": RunConfig}
+SCHEMAS: dict[str, type[Config]] = dict.fromkeys(("demo", "smoke", "mae", "moco"), RunConfig)
 """What the files of each folder of configs/ are."""
 
 FILES = sorted(PACKAGED.rglob("*.yaml"))
