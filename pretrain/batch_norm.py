@@ -12,11 +12,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional
 
 from configs.errors import ConfigError
-from pretrain.collectives import ranks
+from pretrain.collectives import ranks, total
 
 Kind = Literal["rank", "sync", "grouped"]
 
@@ -72,8 +71,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         x = input.float()
         over = [0, *range(2, x.ndim)]
         moments = torch.stack([x.mean(over), x.square().mean(over)])
-        if ranks() > 1:
-            moments = all_reduce(moments) / ranks()  # type: ignore[no-untyped-call]
+        moments = total(moments) / ranks()
         mean, variance = moments[0], (moments[1] - moments[0].square()).clamp(min=0)
         count = x.numel() // x.shape[1] * ranks()
         _remember(self, mean.detach(), variance.detach() * count / max(count - 1, 1))

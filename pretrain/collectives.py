@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Result = TypeVar("Result")
@@ -61,9 +60,40 @@ def gather(rows: Tensor) -> Tensor:
     its part of a global mean, and an engine that averages gradients over ranks, that is the gradient of the
     global loss.
     """
-    if ranks() == 1:
-        return rows
-    return torch.cat(functional.all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
+    return rows if ranks() == 1 else _Gather.apply(rows)  # type: ignore[no-untyped-call]
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum over ranks, on every rank. With gradient, itself summed over ranks."""
+    return values if ranks() == 1 else _Total.apply(values)  # type: ignore[no-untyped-call]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        everything = rows.new_empty(ranks() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(everything, rows.contiguous())
+        return everything
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _summed(gradients[0]).chunk(ranks())[rank()]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _summed(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _summed(gradients[0])
+
+
+def _summed(values: Tensor) -> Tensor:
+    values = values.contiguous().clone()
+    dist.all_reduce(values)
+    return values
 
 
 @torch.no_grad()
