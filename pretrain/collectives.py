@@ -1,8 +1,8 @@
-"""Means and agreements over ranks, on top of torch.distributed."""
+"""Sums, means, gathers and agreements over ranks, on top of torch.distributed. Alone, each does nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +16,11 @@ Result = TypeVar("Result")
 def ranks() -> int:
     """How many there are; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def from_main(compute: Callable[[], Result]) -> Result:
@@ -48,11 +53,6 @@ def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: means[name] for name in values}
 
 
-def rank() -> int:
-    """Number of this rank; 0 without a process group."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
 def gather(rows: Tensor) -> Tensor:
     """Every rank's (n, ...) rows in rank order, on every rank: (ranks * n, ...). With gradient.
 
@@ -66,6 +66,36 @@ def gather(rows: Tensor) -> Tensor:
 def total(values: Tensor) -> Tensor:
     """Sum over ranks, on every rank. With gradient, itself summed over ranks."""
     return values if ranks() == 1 else _Total.apply(values)  # type: ignore[no-untyped-call]
+
+
+def gather_uneven(rows: Tensor) -> Tensor:
+    """Every rank's (n_r, ...) rows, one rank after the other, on every rank: (sum of n_r, ...). No gradient.
+
+    Ranks may hold different numbers of rows, none included; the trailing shape and dtype must agree.
+    """
+    size = ranks()
+    if size == 1:
+        return rows
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(size)]
+    dist.all_gather(counts, count)
+    lengths = [int(c) for c in counts]
+    padded = rows.new_zeros((max(lengths), *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in range(size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def union(names: Iterable[str]) -> list[str]:
+    """Every name that any rank has, sorted, on every rank."""
+    own = sorted(names)
+    size = ranks()
+    if size == 1:
+        return own
+    lists: list[list[str]] = [[] for _ in range(size)]
+    dist.all_gather_object(lists, own)
+    return sorted({name for part in lists for name in part})
 
 
 class _Gather(torch.autograd.Function):

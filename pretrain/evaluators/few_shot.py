@@ -16,8 +16,8 @@ import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
 from configs.errors import DataError
+from pretrain import collectives
 from pretrain.evaluators.features import Features, standardised
-from pretrain.evaluators.ranks import rank_and_size, summed
 from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
 from pretrain.types import Scores
 
@@ -46,7 +46,7 @@ class FewShot:
 
     def __call__(self, subject: Subject) -> Scores:
         learn, judge = self.config.learn_and_judge(subject)
-        rank, size = rank_and_size()
+        rank, size = collectives.rank(), collectives.ranks()
         (x, y), (test_x, test_y) = (_arrays(part) for part in standardised(learn, judge))
         tasks = [(shots, draw) for shots in self.config.shots for draw in range(self.config.draws)]
         accuracy = torch.zeros(len(tasks), dtype=torch.float64, device=subject.device)
@@ -55,7 +55,7 @@ class FewShot:
             chosen = draw_labels(y, shots, seed=self.config.seed, draw=draw)
             with threadpool_limits(1 if x[chosen].size < _WORTH_THREADS else None):
                 accuracy[number] = _accuracy(x[chosen], y[chosen], test_x, test_y, self.config.c)
-        table = 100 * summed(accuracy).reshape(len(self.config.shots), self.config.draws).cpu()
+        table = 100 * collectives.total(accuracy).reshape(len(self.config.shots), self.config.draws).cpu()
         values = {f"top1_at_{n}": float(row.mean()) for n, row in zip(self.config.shots, table, strict=True)}
         draws = {f"top1_at_{n}": row.tolist() for n, row in zip(self.config.shots, table, strict=True)}
         return Scores(self.config.title, values, {"draws": draws, "c": self.config.c})

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from pretrain import collectives
 from pretrain.evaluators.features import Features
-from pretrain.evaluators.ranks import rank_and_size, summed
 from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
 from pretrain.types import Scores
 
@@ -39,11 +39,11 @@ class KNN:
 
     def __call__(self, subject: Subject) -> Scores:
         learn, judge = self.config.learn_and_judge(subject)
-        rank, size = rank_and_size()
+        rank, size = collectives.rank(), collectives.ranks()
         own = judge.pick(torch.arange(rank, len(judge), size, device=judge.labels.device))
         ranking = vote(learn, own.values, k=self.config.k, temperature=self.config.temperature)
         right = ranking[:, :5] == own.labels.unsqueeze(1)
-        hits = summed(torch.stack([right[:, 0].sum(), right.any(dim=1).sum()])).double()
+        hits = collectives.total(torch.stack([right[:, 0].sum(), right.any(dim=1).sum()])).double()
         top1, top5 = (100 * hits / len(judge)).tolist()
         values = {"top1": top1, "top5": top5} if ranking.shape[1] > 5 else {"top1": top1}
         return Scores(self.config.title, values, {"k": self.config.k, "neighbours_from": len(learn)})

@@ -15,8 +15,8 @@ import pydantic
 import torch
 from torch import Tensor
 
+from pretrain import collectives
 from pretrain.evaluators.features import Features, fixed_fifth, standardised
-from pretrain.evaluators.ranks import rank_and_size, summed
 from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
 from pretrain.types import Scores
 
@@ -67,13 +67,13 @@ class Linear:
         if config.batch_norm:
             learn, judge = standardised(learn, judge)
         train, choose = fixed_fifth(learn, config.seed) if len(config.learning_rates) > 1 else (learn, learn)
-        rank, size = rank_and_size()
+        rank, size = collectives.rank(), collectives.ranks()
         own = list(range(rank, len(config.learning_rates), size))
         figures = torch.zeros(2, len(config.learning_rates), dtype=torch.float64, device=subject.device)
         if own:
             found = fit(train, [config.learning_rates[i] for i in own], config, learn.classes)
             figures[0, own], figures[1, own] = found.right(choose), found.right(judge)
-        chosen, judged = (100 * summed(figures)).tolist()
+        chosen, judged = (100 * collectives.total(figures)).tolist()
         best = max(range(len(chosen)), key=chosen.__getitem__)
         by_rate = {f"{rate:g}": score for rate, score in zip(config.learning_rates, judged, strict=True)}
         details = {"learning_rate": config.learning_rates[best], "top1_by_learning_rate": by_rate}

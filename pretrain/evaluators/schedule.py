@@ -12,8 +12,7 @@ from typing import Any
 
 from configs.errors import ConfigError
 from data_pipeline.types import ViewSpec
-from pretrain import encoders
-from pretrain.evaluators.ranks import rank_and_size
+from pretrain import collectives, encoders
 from pretrain.evaluators.subject import EvaluatorConfig, Subject
 from pretrain.types import Engine, Objective, Progress, Scores, StepReport, StopReason
 
@@ -61,7 +60,7 @@ class Evaluate:
         with self.look() as subject:
             scores = [evaluation.build()(subject) for evaluation in due]
         self.done |= {(progress.step, evaluation.title) for evaluation in due}
-        if rank_and_size()[0] == 0:
+        if collectives.rank() == 0:
             for score in scores:
                 write(self.record, progress, score)
                 if self.tell is not None:

@@ -22,8 +22,8 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
+from pretrain import collectives
 from pretrain.evaluators.features import Features, fixed_fifth
-from pretrain.evaluators.ranks import gathered_rows, rank_and_size, summed, union
 from pretrain.types import Duration, Objective, Scores
 
 Advance = Callable[[int], None]
@@ -61,11 +61,11 @@ class Subject:
                 labels.append(torch.full_like(batch.index, -1) if batch.target is None else batch.target)
         own = torch.cat(values) if values else self._no_features()
         target = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=self.device)
-        return Features(gathered_rows(own), gathered_rows(target))
+        return Features(collectives.gather_uneven(own), collectives.gather_uneven(target))
 
     def batches(self, manifest: Path) -> Iterator[Batch]:
         """The rank's own contiguous part of the set in its own order, normalised, on the device."""
-        rank, size = rank_and_size()
+        rank, size = collectives.rank(), collectives.ranks()
         finish = device_half([self.view])
         for batch in sequential(
             manifest, self.view, batch_size=self.batch_size, rank=rank, world_size=size, workers=self.workers
@@ -192,5 +192,8 @@ def mean_over_set(
             for name, value in judge(batch).items():
                 sums[name] = sums.get(name, torch.zeros_like(count)) + value.double() * len(batch)
             count += len(batch)
-    samples = summed(count)
-    return {name: float(summed(sums.get(name, torch.zeros_like(count))) / samples) for name in union(sums)}
+    samples = collectives.total(count)
+    return {
+        name: float(collectives.total(sums.get(name, torch.zeros_like(count))) / samples)
+        for name in collectives.union(sums)
+    }

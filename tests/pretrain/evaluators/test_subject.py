@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from configs.errors import DataError
 from data_pipeline.types import CenterCrop, RandomResizedCrop, ViewSpec
-from pretrain.evaluators import ranks as collectives
+from pretrain import collectives
 from pretrain.evaluators.features import Features, fixed_fifth, standardised
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
@@ -116,8 +116,8 @@ def gather_unequal() -> tuple[list[list[float]], list[str], float]:
     try:
         rows = torch.full((2 * here.rank, 2), float(here.rank))
         names = {"a", "b"} if here.rank else set()
-        total = collectives.summed(torch.tensor(float(here.rank + 1)))
-        return collectives.gathered_rows(rows).tolist(), collectives.union(names), float(total)
+        total = collectives.total(torch.tensor(float(here.rank + 1)))
+        return collectives.gather_uneven(rows).tolist(), collectives.union(names), float(total)
     finally:
         processes.stop()
 
