@@ -312,12 +312,6 @@ class Tracker(Protocol):
     def finish(self, status: str) -> None: ...
 
 
-class FeaturePass(Protocol):
-    """Frozen features of a labelled set, gathered over ranks in the set's own order."""
-
-    def __call__(self, encode: Callable[[Tensor], Tensor], manifest: Path) -> tuple[Tensor, Tensor]: ...
-
-
 @dataclass(frozen=True)
 class Scores:
     """An evaluator's result: `values["top1"]` and the like, in percent unless the name says otherwise."""
