@@ -26,10 +26,10 @@ def audit_run(run: Path, progress: Progress | None = None) -> list[SourceAudit]:
     names = [str(manifest.path) for manifest in manifests]
     found = audit(plan, names, int(row["samples"]), quarantined(run / "quarantine.jsonl"), progress)
     for number, source in enumerate(found):
-        counted = row.get(f"source_{number}_samples")
+        counted = row.get(f"data/source_{number}_samples")
         if counted is not None and counted != source.seen:
             raise RunError(
-                f"{run / 'metrics.jsonl'}: source_{number}_samples: found {counted:g}, but the order of the "
+                f"{run / 'metrics.jsonl'}: data/source_{number}_samples: found {counted:g}, but the order of the "
                 f"data gives {source.seen} at {row['samples']:g} samples: data or metrics were changed"
             )
     return found

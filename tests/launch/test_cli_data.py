@@ -48,12 +48,12 @@ def test_a_runs_counts_are_held_against_its_order(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no metrics yet"):
         audit_run(run)
     metrics = run / "metrics.jsonl"
-    metrics.write_text('{"samples": 32}\n{"samples": 3000, "source_0_samples": 3000}\n{"samples": 30')
+    metrics.write_text('{"samples": 32}\n{"samples": 3000, "data/source_0_samples": 3000}\n{"samples": 30')
     (found,) = audit_run(run)
     assert (found.samples, found.seen, found.unique, found.repeated) == (1438, 3000, 1438, 1562)
     assert json.loads(keel("audit", run, "--json"))[0]["seen"] == 3000 and "1562" in keel("audit", run)
-    metrics.write_text('{"samples": 3000, "source_0_samples": 2999}\n')
-    with pytest.raises(RunError, match="source_0_samples: found 2999, but the order"):
+    metrics.write_text('{"samples": 3000, "data/source_0_samples": 2999}\n')
+    with pytest.raises(RunError, match="data/source_0_samples: found 2999, but the order"):
         audit_run(run)
     with pytest.raises(RunError, match="not a run folder"):
         audit_run(tmp_path)

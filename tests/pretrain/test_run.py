@@ -17,6 +17,7 @@ from configs.errors import UserError
 from configs.loading import load
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
+from launch.audit import audit_run
 from pretrain.config import RunConfig
 from pretrain.folder import RunFolder
 from pretrain.health import StopRequest
@@ -100,6 +101,8 @@ def test_stopping_and_resuming_changes_nothing(
     state = RunFolder(root).read_state()
     assert state["status"] == "done"
     assert [a["from_step"] for a in state["attempts"]] == [0, 3, 7]
+    [source] = audit_run(root)
+    assert source.seen == metrics(root)[-1]["data/source_0_samples"] == 320
 
 
 @pytest.mark.parametrize("nproc", [1, 2])
