@@ -11,7 +11,6 @@ import json
 import os
 import struct
 import tarfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,16 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_64, xxh3_64_intdigest
 
 from configs.errors import DataError
 
 SUFFIX = ".idx"
-_MAGIC = b"keelidx1"
+FORMAT = 2  # of the sidecar; 1 had CRC-32, which takes as long to compute as the payload to read
+_MAGIC = b"keelidx%d" % FORMAT
 _HEADER = struct.Struct("<8sQQIII")  # magic, shard bytes, samples, fields, bytes of names, bytes of keys
+_SEAL = struct.Struct("<Q")  # XXH3-64 of all before it
+_CELL = 24  # bytes for one member: offset, size, checksum
 _BLOCK = tarfile.BLOCKSIZE
 _CHUNK = 1 << 20
 
@@ -45,7 +48,7 @@ class Index:
     fields: tuple[str, ...]
     offsets: npt.NDArray[np.int64]  # (samples, fields): first byte in the shard
     sizes: npt.NDArray[np.int64]  # (samples, fields)
-    checksums: npt.NDArray[np.uint32]  # (samples, fields): CRC-32 of the payload
+    checksums: npt.NDArray[np.uint64]  # (samples, fields): XXH3-64 of the payload
     key_ends: npt.NDArray[np.uint32]  # (samples,): end of each key in `key_text`
     key_text: bytes  # UTF-8 keys, one after another
 
@@ -76,21 +79,21 @@ class Index:
         )
         arrays = (
             self.offsets.astype("<i8"), self.sizes.astype("<i8"),
-            self.checksums.astype("<u4"), self.key_ends.astype("<u4"),
+            self.checksums.astype("<u8"), self.key_ends.astype("<u4"),
         )  # fmt: skip
         body = b"".join([head, names, self.key_text, *(array.tobytes() for array in arrays)])
-        return body + struct.pack("<I", zlib.crc32(body))
+        return sealed(body)
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str) -> Index:
         """Read a sidecar; raises `DataError` naming `source` unless every byte is as written."""
-        if len(data) < _HEADER.size + 4 or data[: len(_MAGIC)] != _MAGIC:
-            raise DataError(f"{source}: not a shard index of this version; make it anew with keel data index")
-        if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
+        if data[: len(_MAGIC)] != _MAGIC or len(data) < _HEADER.size + _SEAL.size:
+            raise DataError(f"{source}: {_unknown(data)}; make it anew with keel data index")
+        if data[-_SEAL.size :] != _SEAL.pack(xxh3_64_intdigest(memoryview(data)[: -_SEAL.size])):
             raise DataError(f"{source}: damaged shard index (checksum); make it anew with keel data index")
         _, size, samples, fields, names_length, keys_length = _HEADER.unpack_from(data)
         cells = samples * fields
-        if len(data) != _HEADER.size + names_length + keys_length + 20 * cells + 4 * samples + 4:
+        if len(data) != _HEADER.size + names_length + keys_length + _CELL * cells + 4 * samples + _SEAL.size:
             raise DataError(f"{source}: damaged shard index (length); make it anew with keel data index")
         at = _HEADER.size
         try:
@@ -102,8 +105,8 @@ class Index:
         at += keys_length
         offsets = np.frombuffer(data, "<i8", cells, at).reshape(samples, fields)
         sizes = np.frombuffer(data, "<i8", cells, at + 8 * cells).reshape(samples, fields)
-        checksums = np.frombuffer(data, "<u4", cells, at + 16 * cells).reshape(samples, fields)
-        ends = np.frombuffer(data, "<u4", samples, at + 20 * cells)
+        checksums = np.frombuffer(data, "<u8", cells, at + 16 * cells).reshape(samples, fields)
+        ends = np.frombuffer(data, "<u4", samples, at + _CELL * cells)
         index = cls(size, names, offsets, sizes, checksums, ends, keys)
         if len(names) != fields or not index._plausible():
             raise DataError(f"{source}: damaged shard index (content); make it anew with keel data index")
@@ -117,6 +120,18 @@ class Index:
         inside &= self.offsets <= self.shard_bytes - self.sizes
         keyed = (np.diff(ends, prepend=0) >= 0).all() and (not len(ends) or ends[-1] == len(self.key_text))
         return bool(named and inside.all() and keyed)
+
+
+def sealed(body: bytes) -> bytes:
+    """A sidecar's bytes with their checksum at the end."""
+    return body + _SEAL.pack(xxh3_64_intdigest(body))
+
+
+def _unknown(data: bytes) -> str:
+    """What a file is that doesn't begin like a sidecar of this format."""
+    if data[:7] == _MAGIC[:7] and data[7:8].isdigit() and data[7:8] != _MAGIC[7:]:
+        return f"a shard index of format {data[7:8].decode()}, and this keel reads {FORMAT}"
+    return "not a shard index"
 
 
 @dataclass(frozen=True)
@@ -204,7 +219,8 @@ def _index(file: BinaryIO, members: list[_Member]) -> Index:
     fields = tuple(sorted({member.field for member in members}))
     column = {field: number for number, field in enumerate(fields)}
     keys: list[str] = []
-    rows: list[tuple[int, int, int, int, int]] = []
+    rows: list[tuple[int, int, int, int]] = []
+    digests: list[int] = []
     seen: set[str] = set()
     for member in members:
         # webdataset starts a new sample when the key changes, or a field comes again
@@ -212,28 +228,29 @@ def _index(file: BinaryIO, members: list[_Member]) -> Index:
             keys.append(member.key)
             seen = set()
         seen.add(member.field)
-        crc = _payload_crc(file, member)
-        rows.append((len(keys) - 1, column[member.field], member.offset, member.size, crc))
-    sample, field, offset, size, crc_column = np.array(rows, np.int64).T
+        rows.append((len(keys) - 1, column[member.field], member.offset, member.size))
+        digests.append(_payload_digest(file, member))
+    sample, field, offset, size = np.array(rows, np.int64).T
     shape = (len(keys), len(fields))
     offsets, sizes = np.full(shape, -1, np.int64), np.zeros(shape, np.int64)
-    checksums = np.zeros(shape, np.uint32)
+    checksums = np.zeros(shape, np.uint64)
     offsets[sample, field], sizes[sample, field] = offset, size
-    checksums[sample, field] = crc_column.astype(np.uint32)
+    checksums[sample, field] = np.array(digests, np.uint64)
     encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
     ends = np.cumsum([len(key) for key in encoded]).astype(np.uint32)
     total = os.fstat(file.fileno()).st_size
     return Index(total, fields, offsets, sizes, checksums, ends, b"".join(encoded))
 
 
-def _payload_crc(file: BinaryIO, member: _Member) -> int:
-    crc, at, left = 0, member.offset, member.size
+def _payload_digest(file: BinaryIO, member: _Member) -> int:
+    hasher, at, left = xxh3_64(), member.offset, member.size
     while left:
         piece = os.pread(file.fileno(), min(left, _CHUNK), at)
         if not piece:
             raise DataError(f"{file.name}: truncated shard: it shrank while it was read")
-        crc, at, left = zlib.crc32(piece, crc), at + len(piece), left - len(piece)
-    return crc
+        hasher.update(piece)
+        at, left = at + len(piece), left - len(piece)
+    return hasher.intdigest()
 
 
 def _digest(file: BinaryIO) -> str:

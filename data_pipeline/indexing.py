@@ -14,7 +14,7 @@ from braceexpand import braceexpand
 
 from configs.errors import DataError
 from data_pipeline.files import write_whole
-from data_pipeline.index import index_shard
+from data_pipeline.index import FORMAT, index_shard
 from data_pipeline.manifest import Manifest, Shard, all_fields, index_name, relative_name, save_index
 from data_pipeline.parallel import Progress, mapped
 from data_pipeline.remote import check_name, fetch, is_remote, listed
@@ -125,14 +125,14 @@ def _named(task: _Task, local: Path, name: str) -> Indexed:
 
 
 def _stamp(name: str) -> list[int]:
-    """What tells a changed local shard from the one indexed before an interruption."""
+    """What tells a changed local shard, or a sidecar of another format, from what was made before."""
     if is_remote(name):
-        return []
+        return [FORMAT]
     try:
         found = Path(name).stat()
     except OSError:
-        return []  # indexing will say what is wrong with it
-    return [found.st_size, found.st_mtime_ns]
+        return [FORMAT]  # indexing will say what is wrong with it
+    return [FORMAT, found.st_size, found.st_mtime_ns]
 
 
 def _receipt(task: _Task) -> Path:

@@ -18,6 +18,7 @@ from configs.errors import DataError
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.files import write_whole
 from data_pipeline.hashing import key, permutation
+from data_pipeline.index import FORMAT
 from data_pipeline.indexing import Indexed, add_shard
 from data_pipeline.manifest import NAME, Manifest, Shard, all_fields
 from data_pipeline.parallel import Progress, mapped
@@ -109,7 +110,7 @@ def _building(out: Path, entries: Sequence[Entry], per_shard: int) -> Path:
     """The folder work happens in: kept by an interrupted run, started anew when the input differs."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out}: holds other files; name another folder")
-    digest = sha256(f"{per_shard}".encode())
+    digest = sha256(f"{per_shard} {FORMAT}".encode())
     for entry in entries:
         digest.update(f"{entry.path}\0{entry.label}\0{entry.caption}\n".encode(errors="surrogateescape"))
     work = json.dumps({"input": digest.hexdigest()})

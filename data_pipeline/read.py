@@ -8,11 +8,12 @@ from __future__ import annotations
 import errno
 import os
 import tarfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+from xxhash import xxh3_64_intdigest
 
 from configs.errors import DataError
 from data_pipeline.index import Index, Row, split_name
@@ -49,10 +50,19 @@ class _Open:
     index: Index
     descriptor: int
     path: Path
+    _columns: dict[tuple[str, ...], list[int]] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        return 20 * self.index.offsets.size + len(self.index.key_text)
+        return 24 * self.index.offsets.size + len(self.index.key_text)
+
+    def columns(self, names: Sequence[str]) -> list[int]:
+        """Where the fields `names` stand in the index, as far as the shard has them."""
+        found = self._columns.get(tuple(names))
+        if found is None:
+            fields = self.index.fields
+            found = self._columns[tuple(names)] = [fields.index(name) for name in names if name in fields]
+        return found
 
 
 class Reader:
@@ -75,9 +85,7 @@ class Reader:
         opened = self._opened(shard)
         row = opened.index.row(sample)
         columns = [self._column(shard, opened, sample, row, names) for names in wanted]
-        payloads = self._payloads(shard, opened, sample, row, columns)
-        fields = opened.index.fields
-        return [(fields[column], payload) for column, payload in zip(columns, payloads, strict=True)]
+        return self._payloads(shard, opened, sample, row, columns)
 
     def key(self, shard: int, sample: int) -> str:
         return self._opened(shard).index.key(sample)
@@ -97,32 +105,31 @@ class Reader:
 
     def _column(self, shard: int, opened: _Open, sample: int, row: Row, names: Sequence[str]) -> int:
         fields = opened.index.fields
-        for name in names:
-            if name in fields:
-                column = fields.index(name)
-                if row.offsets[column] >= 0:
-                    if row.sizes[column] > _HUGE:
-                        raise self._error(shard, sample, name, f"larger than {_HUGE >> 20} MiB")
-                    return column
+        for column in opened.columns(names):
+            if row.offsets[column] >= 0:
+                if row.sizes[column] > _HUGE:
+                    raise self._error(shard, sample, fields[column], f"larger than {_HUGE >> 20} MiB")
+                return column
         has = [field for field, at in zip(fields, row.offsets, strict=True) if at >= 0]
         raise self._error(shard, sample, "/".join(names), f"missing; the sample has {', '.join(has)}")
 
     def _payloads(
         self, shard: int, opened: _Open, sample: int, row: Row, columns: Sequence[int]
-    ) -> list[bytes]:
-        """The fields' bytes: small samples by one read; in large ones copying would cost more than a call."""
-        start = min(row.offsets[c] for c in columns)
-        end = max(row.offsets[c] + row.sizes[c] for c in columns)
-        together = end - start <= _SMALL
+    ) -> list[tuple[str, bytes]]:
+        """Names and bytes. Small samples by one read; of large ones a copy costs more than a call."""
+        offsets, sizes, checksums = row
+        start = min([offsets[column] for column in columns])
+        end = max([offsets[column] + sizes[column] for column in columns])
+        together = len(columns) > 1 and end - start <= _SMALL
         whole = self._pread(shard, opened, start, end - start) if together else b""
-        payloads = []
+        found, fields = [], opened.index.fields
         for column in columns:
-            at, size = row.offsets[column], row.sizes[column]
+            at, size = offsets[column], sizes[column]
             data = whole[at - start : at - start + size] if together else self._pread(shard, opened, at, size)
-            if zlib.crc32(data) != row.checksums[column]:
+            if xxh3_64_intdigest(data) != checksums[column]:
                 raise self._mismatch(shard, opened, sample, column)
-            payloads.append(data)
-        return payloads
+            found.append((fields[column], data))
+        return found
 
     def _pread(self, shard: int, opened: _Open, start: int, size: int) -> bytes:
         try:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from hypothesis import strategies as st
 
 from configs.errors import DataError
 from data_pipeline.decode import DecodeError, decode
-from data_pipeline.index import Index, index_shard
+from data_pipeline.index import Index, index_shard, sealed
 from data_pipeline.indexing import expanded
 from data_pipeline.load import sequential
 from data_pipeline.manifest import Manifest, Shard, save_index
@@ -122,9 +120,9 @@ def test_tars(manifest: Manifest, tmp_path: Path, data: st.DataObject) -> None:
 def test_sidecars(manifest: Manifest, data: st.DataObject, resealed: bool) -> None:
     """Mutated, half of them with the checksum made right again, as a malicious file would have it."""
     whole = manifest.index(0).to_bytes()
-    mutated = data.draw(mutations(whole[:-4] if resealed else whole))
+    mutated = data.draw(mutations(whole[:-8] if resealed else whole))
     if resealed:
-        mutated += struct.pack("<I", zlib.crc32(mutated))
+        mutated = sealed(mutated)
     try:
         index = Index.from_bytes(mutated, "x.idx")
     except DataError as error:

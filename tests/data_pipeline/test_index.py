@@ -123,6 +123,12 @@ def test_a_sidecar_comes_back_whole_or_not_at_all(shard: Path) -> None:
             Index.from_bytes(data[:place], "x")
 
 
+def test_a_sidecar_of_another_format_is_refused(shard: Path) -> None:
+    old = b"keelidx1" + index_shard(shard)[0].to_bytes()[8:]
+    with pytest.raises(DataError, match="x: a shard index of format 1, and this keel reads 2"):
+        Index.from_bytes(old, "x")
+
+
 def test_a_manifest_is_its_content(tmp_path: Path) -> None:
     first, second = (numbered_set(tmp_path / name, [3, 4]) for name in ("one", "two"))
     assert first.hash == second.hash and first.samples == 7
