@@ -29,8 +29,8 @@ def audit_run(run: Path, progress: Progress | None = None) -> list[SourceAudit]:
         counted = row.get(f"data/source_{number}_samples")
         if counted is not None and counted != source.seen:
             raise RunError(
-                f"{run / 'metrics.jsonl'}: data/source_{number}_samples: found {counted:g}, but the order of the "
-                f"data gives {source.seen} at {row['samples']:g} samples: data or metrics were changed"
+                f"{run / 'metrics.jsonl'}: data/source_{number}_samples: found {counted:g}, but the order "
+                f"of the data gives {source.seen} at {row['samples']:g} samples: data or metrics were changed"
             )
     return found
 
