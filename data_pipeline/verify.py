@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from data_pipeline.index import index_shard
 from data_pipeline.manifest import Manifest
 from data_pipeline.parallel import Progress, mapped
 from data_pipeline.read import CAPTION_FIELDS, IMAGE_FIELDS, LABEL_FIELDS, Reader, SampleError, open_shard
+from data_pipeline.remote import fetch
 
 _KEPT = 1000  # findings a shard may report; the rest are counted
 
@@ -76,6 +77,9 @@ def verify(
 ) -> Report:
     """Check every shard: presence, size, SHA-256, tar headers, sidecar, payload checksums, labels, captions,
     keys used twice, and (with `pictures`) that every picture decodes.
+
+    A shard behind a URL is fetched anew to a temporary file, one at a time in each process: a node's cached
+    copy would say nothing about what lies there.
     """
     tasks = [_Task(manifest.path, number, pictures) for number in range(len(manifest.shards))]
     report, owners = Report(), dict[bytes, str]()
@@ -95,21 +99,33 @@ def verify(
 
 
 def _verify_shard(task: _Task) -> _Seen:
-    manifest, seen = Manifest.load(task.manifest), _Seen()
+    manifest = Manifest.load(task.manifest)
     shard = manifest.shards[task.shard]
-    if shard.remote:
-        raise DataError(f"{shard.name}: is remote; verify checks local shards: fetch the set first")
-    path = manifest.shard_path(task.shard)
+    if not shard.remote:
+        return _verify_local(manifest, task, manifest.shard_path(task.shard))
+    with tempfile.TemporaryDirectory(prefix="keel-verify-") as folder:
+        path = Path(folder) / "shard.tar"
+        try:
+            fetch(shard.name, path)
+        except DataError as error:
+            seen = _Seen()
+            seen.add(shard.name, "", "", str(error).removeprefix(f"{shard.name}: "))
+            return seen
+        return _verify_local(manifest, task, path)
+
+
+def _verify_local(manifest: Manifest, task: _Task, path: Path) -> _Seen:
+    """Check the shard that lies at `path`."""
+    seen, name = _Seen(), manifest.shards[task.shard].name
     try:
         _check_whole(manifest, task.shard, path)
     except DataError as error:
-        seen.add(shard.name, "", "", str(error).removeprefix(f"{path}: "))
+        seen.add(name, "", "", str(error).removeprefix(f"{path}: "))
     try:
-        stored = manifest.index(task.shard)
-        _check_samples(manifest, task, stored.keys(), seen)
+        _check_samples(manifest, task, path, seen)
     except DataError as error:
         if not seen.findings:
-            seen.add(shard.name, "", "", str(error).removeprefix(f"{path}: "))
+            seen.add(name, "", "", str(error).removeprefix(f"{path}: "))
     return seen
 
 
@@ -124,10 +140,10 @@ def _check_whole(manifest: Manifest, number: int, path: Path) -> None:
         raise DataError(f"{manifest.index_path(number)}: not the index of this shard; make it anew")
 
 
-def _check_samples(manifest: Manifest, task: _Task, keys: Sequence[str], seen: _Seen) -> None:
-    shard, reader = manifest.shards[task.shard], Reader(manifest)
+def _check_samples(manifest: Manifest, task: _Task, path: Path, seen: _Seen) -> None:
+    shard, reader = manifest.shards[task.shard], Reader(manifest, locate=lambda _: path)
     index = manifest.index(task.shard)
-    for sample, key in enumerate(keys):
+    for sample, key in enumerate(index.keys()):
         seen.samples += 1
         digest = hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=16).digest()
         if digest in seen.keys:

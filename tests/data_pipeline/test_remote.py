@@ -14,6 +14,7 @@ from data_pipeline.load import DataConfig, Loader, build_loader
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.remote import FetchError, fetch
 from data_pipeline.types import CenterCrop, ViewSpec
+from data_pipeline.verify import verify
 from tests.data_pipeline.server import faulty_server
 from tests.data_pipeline.sets import numbered_set
 
@@ -127,3 +128,24 @@ def test_remote_shards_are_indexed(local: Manifest, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{server.url}/bad.tar: truncated"):
             indexing.index([f"{server.url}/bad.tar"], tmp_path / "bad")
         (local.directory / "bad.tar").unlink()
+
+
+def test_remote_shards_are_verified_where_they_lie(local: Manifest, tmp_path: Path) -> None:
+    served = numbered_set(tmp_path / "served", [6] * 8)
+    with faulty_server(served.directory, lambda _, n: "reset" if n == 1 else None) as server:
+        remote = remote_copy(local, server.url, tmp_path / "remote")
+        report = verify(remote, processes=2)
+        assert report.whole and (report.samples, report.shards) == (48, 8)
+        byte, cut, gone = (served.shard_path(number) for number in (1, 4, 6))
+        place = int(local.index(1).offsets[3].max()) + 30
+        data = byte.read_bytes()
+        byte.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        cut.write_bytes(cut.read_bytes()[:4000])
+        gone.unlink()
+        told = [str(finding) for finding in verify(remote, processes=2).findings]
+    for number, reason in (
+        (1, "changed shard: its SHA-256"), (1, "sample '000009': field png: payload differs"),
+        (4, "truncated shard"), (6, "missing shard: its server has no such file"),
+    ):  # fmt: skip
+        assert any(f"{server.url}/shard-{number:06d}.tar: {reason}" in line for line in told), (reason, told)
+    assert {number for line in told for number in range(8) if f"-{number:06d}.tar" in line} == {1, 4, 6}
