@@ -196,7 +196,8 @@ def _from_table(source: Path) -> tuple[list[Entry], tuple[str, ...]]:
             f"name one of them {_PATH_COLUMNS[0]}"
         )
     label_column, caption_column = _column(columns, _LABEL_COLUMNS), _column(columns, _CAPTION_COLUMNS)
-    names = [str(row.get(label_column, "")).strip() for row in rows] if label_column else []
+    found = [row.get(label_column) for row in rows] if label_column else []
+    names = ["" if label is None else str(label).strip() for label in found]
     labels, classes = _labels(names, source)
     entries = []
     for number, row in enumerate(rows):

@@ -155,7 +155,7 @@ def test_an_interrupted_packing_goes_on(
     assert manifest.hash == pack(folder, tmp_path / "fresh", per_shard=4).hash
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_a_table_with_captions(folder: Path, tmp_path: Path, kind: str) -> None:
     rows = [{"path": f"dog/{n:02d}.png", "caption": f"dog, number {n}", "label": "dog"} for n in (2, 4, 8)]
     table = folder / f"t.{kind}"
@@ -164,6 +164,10 @@ def test_a_table_with_captions(folder: Path, tmp_path: Path, kind: str) -> None:
             writer = csv.DictWriter(file, ["path", "caption", "label"])
             writer.writeheader()
             writer.writerows(rows)
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(rows), table)
     else:
         table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     manifest = pack(table, tmp_path / "out", shuffle_seed=None)
@@ -203,6 +207,8 @@ def test_tables_without_use_are_refused(tmp_path: Path) -> None:
         ("c.csv", "path\ngone.png\n", "no such picture"),
         ("d.jsonl", "[1]\n", "can't be read as jsonl"),
         ("e.csv", "path,label\na.png,\n", "row 1: its label is empty"),
+        ("f.jsonl", '{"path": "a.png", "label": null}\n', "row 1: its label is empty"),
+        ("g.parquet", "no parquet", "can't be read as parquet"),
         ("f.txt", "x", "a table ends in"),
     ):
         (tmp_path / name).write_text(content)
