@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def records(file: Path) -> Iterator[Any]:
             at += left_in_block
             continue
         length, kind = struct.unpack_from("<HB", data, at + 4)
+        if at + 7 + length > len(data):
+            return  # still being written
         whole += data[at + 7 : at + 7 + length]
         at += 7 + length
         if kind in (1, 4):
@@ -58,7 +61,15 @@ def records(file: Path) -> Iterator[Any]:
             whole = b""
 
 
-def history(file: Path) -> list[dict[str, Any]]:
+def history(file: Path, count: int, patience: float = 20.0) -> list[dict[str, Any]]:
+    """Rows of a finished run; W&B's own process may still be writing the last of them on a busy machine."""
+    deadline = time.monotonic() + patience
+    while len(rows := rows_of(file)) < count and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return rows
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
     return [
         {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
         for record in records(file)
@@ -72,7 +83,7 @@ def test_a_restart_goes_on_in_the_same_run_and_repeats_nothing(tmp_path: Path) -
     attempt(tmp_path, 5, range(4, 8))
     [second] = set(tmp_path.glob("wandb/offline-run-*/*.wandb")) - {first}
     assert first.name == second.name == "run-abcd1234.wandb"
-    rows = history(first), history(second)
+    rows = history(first, 5), history(second, 2)
     assert [[row["_step"] for row in of] for of in rows] == [[1, 2, 3, 4, 5], [6, 7]]
     assert rows[0][0]["train/loss"] == 1.0
     assert rows[0][0]["objective/accuracy"] == 1
