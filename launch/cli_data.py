@@ -125,7 +125,7 @@ def verify(
     processes: Annotated[int, typer.Option(min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="the report as JSON on standard output")] = False,
 ) -> None:
-    """Check every byte and picture of a set, fetching remote shards anew. Exit code 2 where something is wrong."""
+    """Check every byte and picture of a set, remote shards too. Exit code 2 where something is wrong."""
     from data_pipeline.manifest import Manifest
     from data_pipeline.verify import verify as check
     from launch.progress import progress_bar
