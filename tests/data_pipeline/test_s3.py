@@ -1,4 +1,4 @@
-"""Shards in an S3 bucket, served by moto. Needs the extra `remote`, boto3 and moto[server]."""
+"""Shards in an S3 bucket, served by moto; skipped where the extra `dev` isn't whole."""
 
 from __future__ import annotations
 
