@@ -38,7 +38,10 @@ class SampleError(DataError):
     """One sample can't be used; the rest of its shard can."""
 
     def __init__(self, shard: str, key: str, field: str, reason: str):
-        super().__init__(f"{shard}: sample {key!r}: field {field}: {reason}")
+        super().__init__(
+            f"{shard}: sample {key!r}: field {field}: {reason}; mend it and pack the shard again, "
+            "or have such samples replaced (data.max_broken)"
+        )
         self.shard, self.key, self.field, self.reason = shard, key, field, reason
 
     def __reduce__(self) -> tuple[type[SampleError], tuple[str, str, str, str]]:

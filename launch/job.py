@@ -53,9 +53,18 @@ def job(root: Path) -> int:
         except UserError as error:
             print(as_lines(error), file=sys.stderr)
             return USERS_INPUT
-        except Exception:
-            traceback.print_exc()
+        except Exception as error:
+            if lost_a_peer(error):
+                print(f"rank {rank}: another rank is gone, so this one leaves too", file=sys.stderr)
+            else:
+                traceback.print_exc()
             return OUR_FAULT
+
+
+def lost_a_peer(error: Exception) -> bool:
+    """Whether the error is an echo: the failure of another rank, seen as a broken connection."""
+    told = str(error)
+    return any(sign in told for sign in ("Connection closed by peer", "Connection reset by peer"))
 
 
 def as_lines(error: UserError) -> str:

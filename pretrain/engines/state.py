@@ -162,7 +162,7 @@ def _moments(shards: Sequence[fragments.Shard], base: torch.optim.Optimizer) -> 
             if not _is_moment(value):
                 continue
             if value.numel() != shard.master.numel():
-                raise NotImplementedError(f"optimizer state {key} isn't one value an element: can't be cut")
+                raise ValueError(f"optimizer state {key} isn't one value an element: can't be cut")
             for piece in shard.pieces:
                 data = fragments.read_slice(value, piece.offset, piece.length)
                 yield Fragment(f"optimizer/{key}/{piece.name}", data, piece.start, piece.total)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from configs.errors import DataError
-from launch.job import MEANING, as_lines, job, listening
+from launch.job import MEANING, as_lines, job, listening, lost_a_peer
 from pretrain import run
 from pretrain.health import StopRequest
 
@@ -98,3 +98,8 @@ def test_a_hanging_run_can_be_asked_where(train: Callable[..., int], tmp_path: P
 
 def test_every_line_of_an_error_is_marked() -> None:
     assert as_lines(DataError("a\nb")) == "error: a\nerror: b"
+
+
+def test_the_echo_of_another_ranks_failure_is_no_fault_of_this_one() -> None:
+    assert lost_a_peer(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:20368. GLHF!"))
+    assert not lost_a_peer(RuntimeError("shapes differ"))
