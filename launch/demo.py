@@ -184,8 +184,15 @@ def report(findings: Findings, result: ExportResult, folder: RunFolder, console:
         "pictures": folder.pictures / "reconstructions.png", "backbone": result.folder,
     }  # fmt: skip
     for name, place in places.items():
-        console.print(f"{name:9}{place}", soft_wrap=True, highlight=False)
-    console.print(f'\ntimm.create_model("local-dir:{result.folder}", pretrained=True)', soft_wrap=True)
+        console.print(f"{name:9}{from_here(place)}", soft_wrap=True, highlight=False)
+    opened = f'timm.create_model("local-dir:{from_here(result.folder)}", pretrained=True)'
+    console.print(f"\n{opened}", soft_wrap=True)
+
+
+def from_here(place: Path) -> Path:
+    """As one would type it: relative where it lies under the working directory."""
+    here = Path.cwd()
+    return place.relative_to(here) if place.is_relative_to(here) else place
 
 
 def table(findings: Findings) -> Table:
