@@ -173,9 +173,9 @@ def _run(case: Case) -> tuple[list[bytes | Died], str]:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "output"
         output.touch()
-        port = _free_port()
-        pids = [_fork(case, rank, port, Path(folder)) for rank in range(case.ranks)]
-        statuses = _wait(pids, case.timeout)
+        port, gate = _free_port(), Gate()
+        pids = [_fork(case, rank, port, Path(folder), gate) for rank in range(case.ranks)]
+        statuses = _wait(pids, case.timeout, gate)
         answers: list[bytes | Died] = []
         for rank, status in enumerate(statuses):
             said = Path(folder) / str(rank)
@@ -183,25 +183,58 @@ def _run(case: Case) -> tuple[list[bytes | Died], str]:
         return answers, output.read_text(errors="replace")
 
 
-def _wait(pids: list[int], timeout: float) -> list[int]:
+class Gate:
+    """Ranks that have answered stay until every rank has answered or ended.
+
+    Otherwise one that is done first takes the store with it while another still connects to it.
+    """
+
+    def __init__(self) -> None:
+        self.answered, self._answer = os.pipe()
+        self._opened, self._hold = os.pipe()
+
+    def stay(self) -> None:
+        """In a rank, once it has answered."""
+        os.close(self._hold)
+        os.write(self._answer, b".")
+        os.read(self._opened, 1)
+
+    def open(self) -> None:
+        """In the server: everybody may leave."""
+        for descriptor in (self.answered, self._answer, self._opened, self._hold):
+            os.close(descriptor)
+
+
+def _wait(pids: list[int], timeout: float, gate: Gate) -> list[int]:
     """Exit codes; kills what is left after `timeout`, or shortly after another one failed."""
     descriptors = {os.pidfd_open(pid): pid for pid in pids}
     codes: dict[int, int] = {}
     deadline = time.monotonic() + timeout
-    while descriptors:
-        ready, _, _ = select.select(list(descriptors), [], [], max(0.0, deadline - time.monotonic()))
-        for descriptor in ready or list(descriptors):
+    staying = 0
+    while staying < len(descriptors):
+        left = max(0.0, deadline - time.monotonic())
+        ready, _, _ = select.select([*descriptors, gate.answered], [], [], left)
+        if gate.answered in ready:
+            staying += len(os.read(gate.answered, len(pids)))
+        for descriptor in [d for d in descriptors if d in ready or not ready]:
             pid = descriptors.pop(descriptor)
             if not ready:
                 os.kill(pid, signal.SIGKILL)
-            codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            os.close(descriptor)
+            codes[pid] = _reap(descriptor, pid)
             if codes[pid] != 0:
                 deadline = min(deadline, time.monotonic() + GRACE)
+    gate.open()
+    for descriptor, pid in descriptors.items():
+        codes[pid] = _reap(descriptor, pid)
     return [codes[pid] for pid in pids]
 
 
-def _fork(case: Case, rank: int, port: int, folder: Path) -> int:
+def _reap(descriptor: int, pid: int) -> int:
+    os.close(descriptor)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _fork(case: Case, rank: int, port: int, folder: Path, gate: Gate) -> int:
     parent = os.getpid()
     if pid := os.fork():
         return pid
@@ -211,6 +244,8 @@ def _fork(case: Case, rank: int, port: int, folder: Path) -> int:
         if os.getppid() != parent:
             os._exit(1)
         code = _be_a_rank(case, rank, port, folder)
+        if code == 0:
+            gate.stay()
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()

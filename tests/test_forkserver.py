@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -38,8 +39,24 @@ def hangs() -> None:
 def dies() -> int:
     here = processes.start("cpu")
     if here.rank == 1:
+        dist.barrier()  # the other is past its start: what it hears of this death is no failed start
         os.kill(os.getpid(), signal.SIGKILL)
+    with contextlib.suppress(RuntimeError):
+        dist.barrier()
     return here.rank
+
+
+held: list[dist.TCPStore] = []  # as a process group holds its store
+
+
+def leaves_early() -> int:
+    here, port = int(os.environ["RANK"]), int(os.environ["MASTER_PORT"])
+    if here == 1:
+        time.sleep(1)
+    held.append(dist.TCPStore("127.0.0.1", port, is_master=here == 0, wait_for_workers=False))
+    if here == 0:
+        held[0].set("word", "7")
+    return int(held[0].get("word")) + here
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -58,6 +75,10 @@ def test_a_hang_is_ended(ranks: Ranks) -> None:
     with pytest.raises(RankFailureError, match="ran past"):
         ranks(2, hangs, timeout=0.5)
     assert time.monotonic() - started < 20
+
+
+def test_a_rank_that_is_done_stays_until_the_others_are(ranks: Ranks) -> None:
+    assert ranks(2, leaves_early) == [7, 8]
 
 
 def test_deaths_are_told(ranks: Ranks) -> None:
