@@ -1,6 +1,6 @@
 """One rank: `python -m launch.job RUN`, with RANK, WORLD_SIZE and the rest in the environment.
 
-Exit codes: 0 done, 2 the user's input, 3 stopped early with a valid checkpoint, 1 our fault.
+Exit codes: 0 done, 2 the user's input, 3 stopped early with a valid checkpoint, 1 our fault, 4 lost a peer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from configs.errors import UserError
 from launch.logs import rank_log, redirected, speaking
@@ -25,20 +25,29 @@ if TYPE_CHECKING:
     from pretrain.types import StopReason
 
 DONE, OUR_FAULT, USERS_INPUT, STOPPED = 0, 1, 2, 3
+LOST_PEER = 4
+"""A rank's code where it ended because another one did. No command ends with it."""
 LAUNCHER = "KEEL_LAUNCHER"
 """Environment variable with the launcher's process id, without which a rank wouldn't want to live."""
 
 MEANING: Mapping[signal.Signals, StopReason] = {
     signal.SIGINT: "interrupted",
     signal.SIGHUP: "interrupted",  # the terminal is gone
-    signal.SIGTERM: "preempted",
-    signal.SIGUSR2: "preempted",
+    signal.SIGTERM: "terminated",
+    signal.SIGUSR2: "preempted",  # to come back: a SLURM job requeues itself (launch/task.py)
 }
 """What a signal asks of a run. All of them end it with a checkpoint."""
 
 
-def job(root: Path) -> int:
-    """Train the prepared run in `root` as the rank that the environment names; gives the exit code."""
+class Outcome(NamedTuple):
+    """What a rank came to."""
+
+    code: int
+    reason: StopReason | None = None  # why training ended, where it did so with a checkpoint
+
+
+def job(root: Path) -> Outcome:
+    """Train the prepared run in `root` as the rank that the environment names."""
     rank = int(os.environ.get("RANK", "0"))
     with redirected(rank_log(root / "logs", rank), show=rank == 0) as console:
         try:
@@ -49,16 +58,16 @@ def job(root: Path) -> int:
             with speaking(), stack_dumps(), listening(StopRequest()) as stop:
                 # Without a terminal, progress lines go the way of all output: log first, then console.
                 reason = train(RunFolder(root), stop, console if console and console.isatty() else sys.stderr)
-            return DONE if reason == "done" else STOPPED
+            return Outcome(DONE if reason == "done" else STOPPED, reason)
         except UserError as error:
             print(as_lines(error), file=sys.stderr)
-            return USERS_INPUT
+            return Outcome(USERS_INPUT)
         except Exception as error:
             if lost_a_peer(error):
                 print(f"rank {rank}: another rank is gone, so this one leaves too", file=sys.stderr)
-            else:
-                traceback.print_exc()
-            return OUR_FAULT
+                return Outcome(LOST_PEER)
+            traceback.print_exc()
+            return Outcome(OUR_FAULT)
 
 
 def lost_a_peer(error: Exception) -> bool:
@@ -124,7 +133,7 @@ def die_with(launcher: int) -> None:
 def main() -> None:
     if launcher := os.environ.get(LAUNCHER):
         die_with(int(launcher))
-    code = job(Path(sys.argv[1]))
+    code = job(Path(sys.argv[1])).code
     if code in (DONE, STOPPED):
         sys.exit(code)
     # A failed rank leaves without waiting for threads or peers: its launcher sees at once who was first.

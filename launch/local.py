@@ -42,7 +42,7 @@ def launch(folder: RunFolder, nproc: int) -> int:
     rank once and end the run with a checkpoint; a second Ctrl-C ends it at once.
     """
     if nproc == 1:
-        return job(folder.root)
+        return job(folder.root).code
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not listed in __all__
 
     from pretrain.config import RunConfig

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, get_args
 
 from configs.errors import RunError
 from pretrain.types import Duration, Progress, StopReason
 
-_REASONS: Sequence[StopReason] = ("done", "stop_after", "time_limit", "preempted", "interrupted")
+_REASONS: Sequence[StopReason] = get_args(StopReason)
 """In order of precedence: where ranks were asked for different reasons, the later one wins."""
 
 
@@ -20,7 +20,9 @@ class StopRequest:
         self.reason: StopReason | None = None
 
     def ask(self, reason: StopReason) -> None:
-        self.reason = reason
+        """The reason that comes later in `StopReason` stands: a job told to come back isn't to stay away."""
+        if self.reason is None or _REASONS.index(reason) > _REASONS.index(self.reason):
+            self.reason = reason
 
     @property
     def code(self) -> int:

@@ -289,7 +289,7 @@ class StepReport:
     seconds: float  # duration of the whole step
 
 
-StopReason = Literal["done", "stop_after", "time_limit", "preempted", "interrupted"]
+StopReason = Literal["done", "stop_after", "time_limit", "terminated", "preempted", "interrupted"]
 
 
 class Listener(Protocol):

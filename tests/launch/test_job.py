@@ -24,7 +24,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable
 
     def call(body: Callable[[StopRequest], Any]) -> int:
         monkeypatch.setattr(run, "train", lambda folder, stop, console: body(stop))
-        return job(tmp_path)
+        return job(tmp_path).code
 
     return call
 

@@ -24,7 +24,7 @@ def at(step: int) -> Progress:
     return Progress(step=step, samples=8 * step, total_steps=100, dataset_size=80)
 
 
-@pytest.mark.parametrize("reason", ["preempted", "interrupted", "time_limit"])
+@pytest.mark.parametrize("reason", ["preempted", "terminated", "interrupted", "time_limit"])
 def test_a_request_is_honoured_a_step_later(reason: StopReason) -> None:
     request = StopRequest()
     stopping = Stopping(request, OneStepLate(), None, at(0), batch_size=8)
