@@ -6,7 +6,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -104,11 +104,18 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def evaluation_view(training: ViewSpec, fraction: float = 0.875) -> ViewSpec:
-    """The centred, unflipped counterpart of a training view: same size, resampling and normalisation.
+    """The plain, centred counterpart of a training view: its size, resampling and normalisation alone.
 
     `fraction` is what the crop keeps of the shorter side (timm's crop_pct).
     """
-    return replace(training, crop=CenterCrop(fraction), flip=0.0)
+    return ViewSpec(
+        size=training.size,
+        crop=CenterCrop(fraction),
+        interpolation=training.interpolation,
+        flip=0.0,
+        mean=training.mean,
+        std=training.std,
+    )
 
 
 class RawPixels(nn.Module):

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import DataError
+from data_pipeline.augment import augmented
 from data_pipeline.types import CenterCrop, RandomResizedCrop, ViewSpec
 from pretrain import collectives
+from pretrain.augmentation import Augmentation
 from pretrain.evaluators.features import Features, fixed_fifth, standardised
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
@@ -161,6 +163,14 @@ def test_a_feature_that_never_moves_counts_for_nothing() -> None:
     assert (other.values[:, 3] == 0).all()
     assert other.values.isfinite().all()
     torch.testing.assert_close(one.values[:, :3].std(dim=0), torch.ones(3))
+
+
+def test_an_evaluation_shows_images_as_they_are() -> None:
+    strong = Augmentation(rotation=20, jitter=1.0, grayscale=1.0, blur=1.0, solarize=1.0).view((8, 8))
+    view = evaluation_view(strong, 1.0)
+    images = torch.arange(3 * 64).reshape(1, 3, 8, 8).to(torch.uint8)
+    assert torch.equal(augmented(images, torch.tensor([5]), view), images)
+    assert not torch.equal(augmented(images, torch.tensor([5]), strong), images)
 
 
 def test_the_evaluation_view_shares_the_training_normalisation() -> None:
