@@ -1,0 +1,145 @@
+"""What each task of a job does: it is one rank of the run, and knows what its end means to SLURM.
+
+done, or stopped on purpose        the task returns: the job is completed
+SIGUSR2 (the time limit is near)   all ranks save together and leave with REQUEUE: the job runs again
+SIGTERM (preempted, or cancelled)  save, then wait for what SLURM does about it; a cancelled run stays away
+a peer is gone                     wait for SLURM, which ends or requeues the job; at last ask for a requeue
+an error                           raised: the job has failed
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from configs.loading import load
+from launch import nodes, queue, slurm
+from launch.job import DONE, LOST_PEER, MEANING, STOPPED, job
+from launch.logs import rank_log
+from launch.submission import Submission
+
+VERDICT = 600.0
+"""Seconds SLURM is given to notice that a node is gone (SlurmdTimeout is 300 unless a site changed it)."""
+
+MARGIN = 15.0
+"""Seconds before the end at which a save that isn't finished is given up: the requeue must not be lost too."""
+
+KILL_WAIT = 60.0
+"""Seconds after SIGTERM in which SLURM would have killed the job (KillWait is 30 by default)."""
+
+JOB_ENDS = "KEEL_JOB_ENDS"
+"""Environment variable: when the job's time is over, in seconds since 1970."""
+
+
+class TaskFailedError(Exception):
+    """Ends a task so that the job counts as failed. Carries the end of the rank's log."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """One rank of the run in `root`. Pickled by submitit, by its name."""
+
+    root: str
+    signal_delay: float  # seconds from SIGUSR2 to the end of the job
+    excluded: str = ""  # nodes that the cluster's config rules out
+
+    def __call__(self) -> dict[str, Any]:
+        here, root = slurm.place(), Path(self.root)
+        _hold_signals()
+        Deadline(max(self.signal_delay - MARGIN, self.signal_delay / 2)).start()
+        os.environ.update(here.environment())
+        os.environ.setdefault("OMP_NUM_THREADS", _threads(root))
+        if here.rank == 0:
+            self._prepare(root, here)
+        outcome = job(root)
+        if outcome.code == DONE or outcome.reason == "stop_after":
+            return {"reason": outcome.reason}
+        if outcome.reason in ("preempted", "time_limit"):
+            leave(slurm.REQUEUE)
+        if outcome.code == STOPPED:
+            wait_for_slurm(root, KILL_WAIT)
+            return {"reason": outcome.reason}
+        if outcome.code == LOST_PEER:
+            wait_for_slurm(root, VERDICT)
+            leave(slurm.REQUEUE)
+        raise TaskFailedError(f"rank {here.rank} failed:\n{_end_of_log(root, here.rank)}")
+
+    def _prepare(self, root: Path, here: slurm.Place) -> None:
+        """What one rank does for all before training: the time that is left, and nodes that fail."""
+        if (left := queue.time_left(here.job)) is not None:
+            os.environ[JOB_ENDS] = str(time.time() + left)
+        if bad := nodes.bad(root, here.hosts):
+            listed = ",".join(filter(None, [self.excluded, *bad]))
+            name = os.environ.get("SLURM_JOB_ID", here.job)
+            (here.folder / f"{name}.{slurm.EXCLUDED}").write_text(listed)
+            print(f"leaving for other nodes: {', '.join(bad)} failed twice under this run", file=sys.stderr)
+            leave(slurm.REQUEUE)
+
+
+class Deadline(threading.Thread):
+    """Leaves with REQUEUE when `seconds` have passed since SIGUSR2 and the process is still there.
+
+    A save may then still be going on; the next attempt sweeps its unfinished folder. The signal is heard
+    through a pipe, which Python's C handler writes to even while the main thread is stuck in a collective.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(name="deadline", daemon=True)
+        self.seconds = seconds
+        self._heard, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def run(self) -> None:
+        while signal.SIGUSR2 not in os.read(self._heard, 64):
+            pass
+        time.sleep(self.seconds)
+        os.write(2, b"the time is up and the run hasn't left: going without its last checkpoint\n")
+        leave(slurm.REQUEUE)
+
+
+def _hold_signals() -> None:
+    """Hold signals back until the rank listens, and put submitit's handlers out of office."""
+
+    def noted(number: int, frame: FrameType | None) -> None:
+        os.write(2, f"{signal.Signals(number).name}: training isn't going on\n".encode())
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, MEANING)
+    for number in (*MEANING, signal.SIGCONT):
+        signal.signal(number, noted)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once: no result is pickled, so that nobody takes the job for finished."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def wait_for_slurm(root: Path, seconds: float) -> None:
+    """Give SLURM `seconds` to end or requeue this job; a run that was cancelled doesn't wait."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if (record := Submission.of(root)) and record.cancelled:
+            return
+        time.sleep(1)
+
+
+def _threads(root: Path) -> str:
+    from pretrain.config import RunConfig
+
+    return str(load(root / "config.yaml", RunConfig).run.threads)
+
+
+def _end_of_log(root: Path, rank: int, lines: int = 20) -> str:
+    try:
+        return "\n".join(rank_log(root / "logs", rank).read_text(errors="replace").splitlines()[-lines:])
+    except OSError as error:
+        return str(error)
