@@ -129,3 +129,26 @@ def _converted(layer: nn.modules.batchnorm._BatchNorm, kind: Kind, size: int) ->
 
 def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
+def require_independent_parts(
+    text: str, encoder: nn.Module, micro_batch_size: int, accumulation: int
+) -> None:
+    """Refuse a batch norm through which a sample's embedding would depend on the cut into micro-batches.
+
+    For losses over the whole batch; `text` is a setting that `parse` reads. Raises `ConfigError`.
+    """
+    if not has_batch_norm(encoder):
+        return
+    kind, size = parse(text)
+    if kind == "grouped" and micro_batch_size % size:
+        raise ConfigError(
+            f"objective.batch_norm: found grouped:{size}, whose {size} must divide the micro-batch of "
+            f"{micro_batch_size} samples"
+        )
+    if kind != "grouped" and accumulation > 1:
+        raise ConfigError(
+            f"train.micro_batch_size: found {micro_batch_size}, {accumulation} micro-batches a step, which "
+            f"objective.batch_norm={text} doesn't allow with a loss over the whole batch; set "
+            "objective.batch_norm=grouped:N, an encoder without batch norm, or no train.micro_batch_size"
+        )

@@ -26,3 +26,20 @@ def spread(embeddings: Tensor) -> dict[str, Tensor]:
         "embedding_std": (centred.square().mean(dim=0)).sqrt().mean() * width**0.5,
         "effective_rank": trace.square() / covariance.square().sum().clamp(min=1e-12),
     }
+
+
+@torch.no_grad()
+def pairs(similarity: Tensor) -> dict[str, Tensor]:
+    """The pretext task in figures, of a (B, B) matrix of cosines whose diagonal holds the positives.
+
+    positive_similarity and negative_similarity: means of the diagonal and of the rest; top1: percent of rows
+    whose own column is the largest. () float32 tensors, no wait for the device.
+    """
+    count = len(similarity)
+    own, largest = similarity.diagonal(), similarity.argmax(dim=1)
+    right = largest == torch.arange(count, device=similarity.device)
+    return {
+        "positive_similarity": own.mean(),
+        "negative_similarity": (similarity.sum() - own.sum()) / max(count * count - count, 1),
+        "top1": right.float().mean() * 100,
+    }

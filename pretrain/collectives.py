@@ -68,6 +68,15 @@ def total(values: Tensor) -> Tensor:
     return values if ranks() == 1 else _Total.apply(values)  # type: ignore[no-untyped-call]
 
 
+def log_total(values: Tensor) -> Tensor:
+    """Log of the sum over ranks of exp(values), on every rank, without overflow. With gradient."""
+    if ranks() == 1:
+        return values
+    highest = values.detach().clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    return total((values - highest).exp()).log() + highest
+
+
 def gather_uneven(rows: Tensor) -> Tensor:
     """Every rank's (n_r, ...) rows, one rank after the other, on every rank: (sum of n_r, ...). No gradient.
 

@@ -136,6 +136,8 @@ class BuildContext:
     autocast: torch.dtype | None  # dtype of autocast inside forward; None trains in fp32
     world_size: int = 1
     accumulation: int = 1  # micro-batches of a rank's share
+    vocabulary: int | None = None  # tokens that the data's tokenizer knows; None where there is none
+    text_length: int | None = None  # tokens of a text as the data give it
 
     @property
     def micro_batch_size(self) -> int:

@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 
-from configs.loading import dump, load, validate
+from configs.loading import PACKAGED, dump, load, validate
 from data_pipeline.types import Batch
 from pretrain import encoders, objectives
 from pretrain.config import RunConfig
 from pretrain.types import BuildContext, Objective, Progress
 
-EVERY = objectives.names()
+EVERY = sorted(path.stem for path in (PACKAGED / "smoke").glob("*.yaml"))
+"""Every objective, one with two losses twice."""
 CLOCK = Progress(step=3, samples=96, total_steps=10, dataset_size=1000)
 
 
@@ -41,10 +42,15 @@ def batch_for(name: str, count: int = 8) -> Batch:
         torch.randn(count, 3, *spec.size, generator=generator) for spec in config.objective.views(image_size)
     )
     seeds = torch.randint(0, 2**62, (count,), generator=generator)
-    return Batch(views, seeds, torch.arange(count), target=torch.arange(count) % 3)
+    tokens = torch.randint(1, 200, (count, 9), generator=generator)  # each row's EOT is its largest
+    return Batch(views, seeds, torch.arange(count), target=torch.arange(count) % 3, tokens=tokens)
 
 
-@pytest.mark.parametrize("name", EVERY)
+def test_every_objective_has_a_smoke_config() -> None:
+    assert {smoke(name).objective.name for name in EVERY} == set(objectives.names())
+
+
+@pytest.mark.parametrize("name", objectives.names())
 def test_it_states_its_source(name: str) -> None:
     build(name)
     module = sys.modules[f"pretrain.objectives.{name}"]
