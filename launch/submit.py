@@ -13,17 +13,6 @@ from launch.submission import Submission
 from launch.task import Train
 from pretrain.folder import now
 
-FINISHED = {
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "BOOT_FAIL",
-    "DEADLINE",
-}
-
 
 def submit(folders: Sequence[Path], cluster: ClusterConfig, *, parallel: int | None = None) -> list[str]:
     """Submit the prepared runs in `folders`, several as one job array; gives their job ids.
@@ -63,12 +52,13 @@ def dry_run(folder: Path, cluster: ClusterConfig) -> str:
 
 
 def _refuse_running(before: dict[Path, Submission | None]) -> None:
-    known = queue.states([record.job_id for record in before.values() if record])
-    for folder, record in before.items():
-        state = known.get(record.job_id) if record else None
-        if record and state and state.state.split()[0] not in FINISHED:
+    """A local submission needs no such question: the lease on its folder answers it."""
+    jobs = {f: r.job_id for f, r in before.items() if r and r.cluster["executor"] == "slurm"}
+    known = queue.states(jobs.values())
+    for folder, job in jobs.items():
+        if job in known and known[job].active:
             raise RunError(
-                f"{folder}: is job {record.job_id} already ({state.state}); let it run, or keel cancel it"
+                f"{folder}: is job {job} already ({known[job].state}); let it run, or keel cancel it"
             )
 
 

@@ -29,7 +29,7 @@ VERDICT = 600.0
 """Seconds SLURM is given to notice that a node is gone (SlurmdTimeout is 300 unless a site changed it)."""
 
 MARGIN = 15.0
-"""Seconds before the end at which a save that isn't finished is given up: the requeue must not be lost too."""
+"""Seconds before the end at which a save that isn't finished is given up: the requeue must not be lost"""
 
 KILL_WAIT = 60.0
 """Seconds after SIGTERM in which SLURM would have killed the job (KillWait is 30 by default)."""

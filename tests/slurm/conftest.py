@@ -1,0 +1,52 @@
+"""One SLURM for all tests here, started with the first of them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import demo
+from data_pipeline.demo import DemoConfig
+from tests.slurm.cluster import Cluster, missing
+
+
+@pytest.fixture(scope="session")
+def _cluster() -> Iterator[Cluster]:
+    if why := missing():
+        pytest.skip(why)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # sockets' paths must be short
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def slurm(
+    _cluster: Cluster, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Cluster]:
+    """The cluster, which this process's own commands then mean. It has to be idle and whole afterwards."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, _cluster.environment[name])
+    yield _cluster
+    left = _cluster.run("squeue", "-h", "-o", "%A").split()
+    if left:
+        _cluster.run("scancel", *left)
+    _cluster.whole()
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    demo.make(DemoConfig(name="digits"), folder)
+    return folder
+
+
+Wait = Callable[..., None]

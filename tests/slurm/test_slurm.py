@@ -1,0 +1,242 @@
+"""End to end on a real SLURM: what was submitted is what trains, and nothing that SLURM does loses a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.errors import RunError
+from configs.loading import load
+from launch import submit
+from launch.cluster import ClusterConfig, load_cluster
+from launch.submission import Submission
+from pretrain.config import RunConfig
+from pretrain.folder import RunFolder
+from pretrain.health import StopRequest
+from pretrain.run import prepare, train
+from tests.slurm.cluster import Cluster, until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+Ranks = Callable[..., list[Any]]
+LONG = 300.0
+
+
+def config(root: Path, digits: Path, *overrides: str, smoke: str = "mae") -> RunConfig:
+    settings = [
+        f"run.dir={root}",
+        f"data.manifest={digits}/train/manifest.json",
+        "data.workers=0",
+        *overrides,
+    ]
+    return load(f"configs/smoke/{smoke}.yaml", RunConfig, settings)
+
+
+def cluster(*overrides: str) -> ClusterConfig:
+    return load_cluster("clusters/slurm", ["minutes=60", "signal_delay=60", *overrides])
+
+
+def two_by_two(*overrides: str) -> ClusterConfig:
+    return cluster("nodes=2", "tasks_per_node=2", *overrides)
+
+
+def prepared(settings: RunConfig, where: ClusterConfig) -> Path:
+    return prepare(settings, world_size=where.ranks).root
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    path = root / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(root: Path) -> list[float]:
+    assert [row["step"] for row in rows(root)] == list(range(1, len(rows(root)) + 1))
+    return [row["loss"] for row in rows(root)]
+
+
+def train_here(root: str) -> str:
+    """Run by each forked rank."""
+    return train(RunFolder(Path(root)), StopRequest())
+
+
+def uninterrupted(ranks: Ranks, count: int, settings: RunConfig) -> list[float]:
+    folder = prepare(settings, world_size=count)
+    ranks(count, train_here, root=str(folder.root), timeout=LONG)
+    return losses(folder.root)
+
+
+def ended(slurm: Cluster, job: str, root: Path) -> None:
+    """Wait for the end of a job that is to complete."""
+    until(
+        lambda: slurm.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), f"{job} ends", LONG
+    )
+    assert slurm.state(job) == "COMPLETED", told(root)
+
+
+def told(root: Path) -> str:
+    """What a job has left to read."""
+    files = sorted((root / "logs").glob("*.log")) + sorted((root / "submitit").glob("*_log.*"))
+    return "\n".join(f"== {f.name}\n{f.read_text(errors='replace')[-3000:]}" for f in files)
+
+
+def at_step(root: Path, step: int) -> None:
+    try:
+        until(lambda: len(rows(root)) >= step, f"step {step} of {root}", LONG)
+    except TimeoutError as error:
+        raise AssertionError(told(root)) from error
+
+
+def attempts(root: Path) -> list[dict[str, Any]]:
+    found = RunFolder(root).read_state()["attempts"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_two_nodes_with_two_tasks_train_as_one_process_does(
+    slurm: Cluster, tmp_path: Path, digits: Path, ranks: Ranks
+) -> None:
+    """Three objectives as one job array, one at a time."""
+    where, short = two_by_two("parallel=1"), ("train.duration=6 steps", "optimizer.warmup=2 steps")
+    names = ("mae", "moco")
+    roots = [prepared(config(tmp_path / name, digits, *short, smoke=name), where) for name in names]
+    jobs = submit.submit(roots, where)
+    for job, root in zip(jobs, roots, strict=True):
+        ended(slurm, job, root)
+    for name, root in zip(names, roots, strict=True):
+        alone = uninterrupted(ranks, 1, config(tmp_path / f"{name}-1", digits, *short, smoke=name))
+        assert losses(root) == pytest.approx(alone, rel=1e-4)
+        assert attempts(root)[-1]["world_size"] == 4
+
+
+LONGER = ("train.duration=600 steps", "checkpoint.every=10 steps", "track.wandb=offline")
+
+
+def test_a_run_outlives_whatever_slurm_does_to_it(
+    slurm: Cluster, tmp_path: Path, digits: Path, ranks: Ranks
+) -> None:
+    """The signal of the time limit, a requeue without warning, and a node's crash, in one run."""
+    where = cluster("nodes=2", "tasks_per_node=1")
+    root = prepared(config(tmp_path / "run", digits, *LONGER), where)
+    (job,) = submit.submit([root], where)
+
+    at_step(root, 60)
+    slurm.run("scancel", "--signal=USR2", job)
+    until(lambda: len(attempts(root)) == 2, "the second attempt", LONG)
+    assert attempts(root)[0]["reason"] == "preempted"
+
+    at_step(root, 180)
+    slurm.run("scontrol", "requeue", job)
+    until(lambda: len(attempts(root)) == 3, "the third attempt", LONG)
+
+    at_step(root, 320)
+    slurm.crash_node(2)
+    slurm.declare_down(2)
+    time.sleep(1)
+    slurm.start_node(2)
+    until(lambda: len(attempts(root)) == 4, "the fourth attempt", LONG)
+    ended(slurm, job, root)
+
+    assert losses(root) == uninterrupted(ranks, 2, config(tmp_path / "whole", digits, *LONGER[:2]))
+    assert [a["world_size"] for a in attempts(root)] == [2] * 4
+    runs = {path.name.rsplit("-", 1)[-1] for path in (root / "wandb").glob("offline-run-*")}
+    assert runs == {RunFolder(root).read_state()["id"]}
+    slurm.whole()
+    assert not processes_of(root)
+
+
+def processes_of(root: Path) -> list[str]:
+    """Command lines of processes that still name the run."""
+    found = subprocess.run(["pgrep", "-af", str(root)], capture_output=True, text=True, check=False).stdout
+    return found.splitlines()
+
+
+def test_a_more_important_job_gets_the_nodes_and_the_run_comes_back(
+    slurm: Cluster, tmp_path: Path, digits: Path
+) -> None:
+    root = prepared(config(tmp_path / "run", digits, *LONGER[:2]), cluster("nodes=2"))
+    (job,) = submit.submit([root], cluster("nodes=2"))
+    at_step(root, 20)
+    slurm.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
+    until(lambda: len(attempts(root)) == 2, "the second attempt", LONG)
+    assert attempts(root)[0]["reason"] == "preempted"  # saved, rather than killed
+    assert attempts(root)[1]["from_step"] >= 20
+    slurm.run("scancel", job)
+
+
+def test_a_cancelled_run_stays_away(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
+    root = prepared(config(tmp_path / "run", digits, *LONGER[:2]), cluster())
+    (job,) = submit.submit([root], cluster())
+    at_step(root, 5)
+    with pytest.raises(RunError, match=f"is job {job} already"):
+        submit.submit([root], cluster())
+    record = Submission.of(root)
+    assert record is not None
+    record.cancel(root)
+    slurm.run("scancel", "--signal=TERM", job)
+    ended(slurm, job, root)
+    assert attempts(root)[-1]["reason"] == "terminated"
+    assert list((root / "checkpoints").glob("step-*"))
+
+
+def test_the_job_runs_the_code_that_was_submitted(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
+    tree = tmp_path / "tree"
+    for package in ("configs", "data_pipeline", "pretrain", "launch"):
+        shutil.copytree(package, tree / package)
+    marked = tree / "launch" / "task.py"
+    marked.write_text(marked.read_text() + '\nimport sys\nprint("as submitted", file=sys.stderr)\n')
+    root = tmp_path / "run"
+    asked = [
+        "configs/smoke/mae.yaml", f"run.dir={root}", f"data.manifest={digits}/train/manifest.json",
+        "data.workers=0", "train.duration=2 steps", "optimizer.warmup=1 steps", "+extra={begin: now+10}",
+    ]  # fmt: skip
+    said = slurm.run(
+        "python", "-P", "-m", "launch", "submit", *asked, "--cluster", "clusters/slurm", "--json",
+        PYTHONPATH=str(tree),
+    )  # fmt: skip
+    marked.write_text('raise SystemExit("the tree was edited")\n')
+    ended(slurm, json.loads(said)["job"], root)
+    assert "as submitted" in told(root)
+
+
+def test_the_dry_run_is_what_slurm_takes(slurm: Cluster, tmp_path: Path) -> None:
+    where = two_by_two("memory_gb=1.5", "exclusive=true", "parallel=3", 'extra={comment: "two words"}')
+    script = tmp_path / "job.sh"
+    script.write_text(submit.dry_run(tmp_path / "run", where))
+    slurm.run("sbatch", "--test-only", str(script))
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("partition=nowhere", "invalid partition"),
+        ("memory_gb=900", "Memory specification can not be satisfied"),
+        ("extra={gpus-per-node: 9}", "Invalid generic resource"),
+    ],
+)
+def test_what_slurm_refuses_is_said_in_its_words(
+    slurm: Cluster, tmp_path: Path, digits: Path, setting: str, said: str
+) -> None:
+    root = prepared(config(tmp_path / "run", digits), cluster())
+    with pytest.raises(RunError, match=said):
+        submit.submit([root], cluster(setting))
+    assert Submission.of(root) is None
+
+
+def test_an_error_of_the_run_is_the_jobs_failure(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
+    """As a manifest that isn't there on the node: known only once the job runs."""
+    settings = config(tmp_path / "run", digits)
+    copy = tmp_path / "data"
+    shutil.copytree(digits, copy)
+    root = prepared(config(tmp_path / "run", copy), cluster())
+    copy.rename(tmp_path / "elsewhere")
+    (job,) = submit.submit([root], cluster())
+    until(lambda: slurm.state(job).startswith("FAILED"), f"{job} fails", LONG)
+    assert "manifest.json" in RunFolder(root).read_state()["error"]
+    assert settings.run.dir == root
