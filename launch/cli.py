@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError
-from launch import cli_data, cli_submit
+from launch import cli_checkpoint, cli_data, cli_submit
 from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 
 DEMO = Path("runs/demo")
@@ -30,6 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_data.app, name="data")
+app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.command()(cli_submit.submit)
 
 

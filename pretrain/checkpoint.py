@@ -143,14 +143,22 @@ def pin(run_dir: Path, reason: str, name: str | None, **facts: Any) -> None:
     beside.replace(folder / _PINS)
 
 
-def prune(run_dir: Path, keep: int, keep_every_steps: int | None = None) -> list[str]:
+def prune(
+    run_dir: Path,
+    keep: int,
+    keep_every_steps: int | None = None,
+    *,
+    checksums: bool = False,
+    dry_run: bool = False,
+) -> list[str]:
     """Remove all but the newest `keep` whole checkpoints, the first of each period, and the pinned.
 
-    Gives the names removed. A crash in between leaves nothing half removed under a published name.
+    Gives the names removed, or with `dry_run` those that would be. `checksums`: read every byte of what is
+    taken for whole. A crash in between leaves nothing half removed under a published name.
     """
     found = published(run_dir)
     kept = {entry["checkpoint"] for entry in pins(run_dir).values()}
-    whole = (each.path.name for each in found if storage.damage(each.path, checksums=False) is None)
+    whole = (each.path.name for each in found if storage.damage(each.path, checksums) is None)
     kept |= set(itertools.islice(whole, keep))
     if keep_every_steps is not None:
         period = 0
@@ -159,7 +167,7 @@ def prune(run_dir: Path, keep: int, keep_every_steps: int | None = None) -> list
                 period = each.step // keep_every_steps
                 kept.add(each.path.name)
     removed = [each.path for each in found if each.path.name not in kept]
-    for path in removed:
+    for path in () if dry_run else removed:
         doomed = path.with_name(_UNFINISHED + path.name)
         with contextlib.suppress(FileNotFoundError):  # somebody else is pruning
             path.rename(doomed)

@@ -1,7 +1,8 @@
 """A checkpoint folder: a safetensors file a rank and an index, readable without process group or DeepSpeed.
 
     rank-00000.safetensors   1-D fragments "<tensor>@<offset>": elements of the flattened tensor from there on
-    checkpoint.json          where every fragment lies, whole shapes, sizes and checksums of files, JSON state
+    checkpoint.json          where every fragment lies, whole shapes, sizes and checksums of files, state;
+                             last its own checksum
 
 Tensor names: "model/<name>" for parameters (the fp32 master) and buffers, "optimizer/<key>/<name>" for
 moments, "rank/<rank>/<key>" for what one rank has to itself. Nothing is pickled: nothing in it can execute.
@@ -27,7 +28,8 @@ from torch import Tensor
 from configs.errors import RunError
 
 INDEX = "checkpoint.json"
-FORMAT = 1
+FORMAT = 2
+_SEAL = ', "sha256": "'
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,16 @@ def write_index(
     written = [{key: value for key, value in asdict(f).items() if key != "fragments"} for f in files]
     index = {"format": FORMAT, "files": written, "tensors": tensors, "state": dict(state)}
     beside = directory / f".{INDEX}"
-    beside.write_text(json.dumps(index))
+    beside.write_text(sealed(index))
     _flushed(beside)
     beside.rename(directory / INDEX)
     flush_folder(directory)
+
+
+def sealed(index: Mapping[str, Any]) -> str:
+    """An index as it is written: JSON whose last entry is the SHA-256 of all that stands before it."""
+    body = json.dumps({key: value for key, value in index.items() if key != "sha256"})[:-1]
+    return f'{body}{_SEAL}{hashlib.sha256(body.encode()).hexdigest()}"}}'
 
 
 def flush_folder(directory: Path) -> None:
@@ -194,7 +202,8 @@ def damage(directory: Path, checksums: bool = True) -> str | None:
 def _read_index(directory: Path) -> dict[str, Any]:
     path = directory / INDEX
     try:
-        index = json.loads(path.read_text())
+        content = path.read_bytes()
+        index = json.loads(content)
         found = index["format"]
     except OSError as error:
         raise RunError(f"{path}: {error.strerror}; {directory.name} is no checkpoint") from error
@@ -204,6 +213,9 @@ def _read_index(directory: Path) -> dict[str, Any]:
         raise RunError(
             f"{path}: has format {found}, this keel reads format {FORMAT}; use the keel that wrote it"
         )
+    body = content.rpartition(_SEAL.encode())[0]
+    if index.get("sha256") != hashlib.sha256(body).hexdigest():
+        raise RunError(f"{path}: its checksum isn't the one it was written with")
     assert isinstance(index, dict)
     return index
 

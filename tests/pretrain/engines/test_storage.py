@@ -71,13 +71,23 @@ def test_damage_is_found_by_file(tmp_path: Path) -> None:
     assert f"{file}: No such file" in str(storage.damage(tmp_path))
 
 
+def test_the_index_is_under_a_checksum_too(tmp_path: Path) -> None:
+    write(tmp_path, torch.arange(10.0), [])
+    index = tmp_path / storage.INDEX
+    good = index.read_bytes()
+    place = good.index(b'"note": 1') + len(b'"note": ')
+    for changed in (good[:place] + b"2" + good[place + 1 :], good.replace(b'"sha256": "', b'"sha255": "')):
+        index.write_bytes(changed)
+        assert f"{index}: its checksum isn't" in str(storage.damage(tmp_path, checksums=False))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "isn't the index"),
         ("{", "isn't the index"),
         ("[]", "isn't the index"),
-        ('{"format": 99}', "has format 99, this keel reads format 1"),
+        ('{"format": 99}', "has format 99, this keel reads format 2"),
     ],
 )
 def test_an_index_that_cannot_be_used_is_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -95,7 +105,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         Reader(tmp_path).read("model/other")
     index = json.loads((tmp_path / storage.INDEX).read_text())
     index["tensors"]["model/w"]["fragments"].pop(0)
-    (tmp_path / storage.INDEX).write_text(json.dumps(index))
+    (tmp_path / storage.INDEX).write_text(storage.sealed(index))
     with pytest.raises(RunError, match="elements 0 to 10 of model/w are missing"):
         Reader(tmp_path).read("model/w", 0, 10)
 
@@ -121,7 +131,7 @@ def test_a_pickle_in_a_checkpoint_is_refused_and_not_executed(tmp_path: Path, ta
             "bytes": file.stat().st_size,
             "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         }
-        (tmp_path / "c" / storage.INDEX).write_text(json.dumps(index))
+        (tmp_path / "c" / storage.INDEX).write_text(storage.sealed(index))
         assert storage.damage(tmp_path / "c") is None
     with pytest.raises(RunError, match=target):
         storage.read_model(tmp_path / "c")
