@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from configs.loading import load
 from launch import nodes, queue, slurm
+from launch.incarnation import Incarnation, leave_when_superseded
 from launch.job import DONE, LOST_PEER, MEANING, STOPPED, job
 from launch.logs import rank_log
 from launch.submission import Submission
@@ -55,6 +56,10 @@ class Train:
         _hold_signals()
         Deadline(max(self.signal_delay - MARGIN, self.signal_delay / 2)).start()
         os.environ.update(here.environment())
+        if (mine := Incarnation.mine()) is not None:
+            if here.rank == 0:
+                mine.announce(root)
+            leave_when_superseded(root, mine)
         os.environ.setdefault("OMP_NUM_THREADS", _threads(root))
         if here.rank == 0:
             self._prepare(root, here)

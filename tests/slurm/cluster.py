@@ -187,6 +187,13 @@ class Cluster:
         os.kill(self._nodes.pop(number), signal.SIGKILL)
         self._started.pop(f"node{number}").wait()
 
+    def kill_slurmd(self, number: int) -> None:
+        """As a network cut: SLURM loses the node, and what runs there goes on."""
+        init = self._nodes[number]
+        for child in Path(f"/proc/{init}/task/{init}/children").read_text().split():
+            if Path(f"/proc/{child}/comm").read_text().strip() == "slurmd":
+                os.kill(int(child), signal.SIGKILL)
+
     def declare_down(self, number: int) -> None:
         """What SLURM would find out by itself in half a minute."""
         self.run("scontrol", "update", f"nodename=node{number}", "state=down", "reason=crash")

@@ -26,6 +26,7 @@ from tests.slurm.cluster import Cluster, until
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 Ranks = Callable[..., list[Any]]
 LONG = 300.0
+SHORT = ("train.duration=6 steps", "optimizer.warmup=2 steps")
 
 
 def config(root: Path, digits: Path, *overrides: str, smoke: str = "mae") -> RunConfig:
@@ -92,6 +93,13 @@ def at_step(root: Path, step: int) -> None:
         raise AssertionError(told(root)) from error
 
 
+def cancelled(root: Path) -> None:
+    """Mark the run as one that isn't to come back."""
+    record = Submission.of(root)
+    assert record is not None
+    record.cancel(root)
+
+
 def attempts(root: Path) -> list[dict[str, Any]]:
     found = RunFolder(root).read_state()["attempts"]
     assert isinstance(found, list)
@@ -102,19 +110,21 @@ def test_two_nodes_with_two_tasks_train_as_one_process_does(
     slurm: Cluster, tmp_path: Path, digits: Path, ranks: Ranks
 ) -> None:
     """Three objectives as one job array, one at a time."""
-    where, short = two_by_two("parallel=1"), ("train.duration=6 steps", "optimizer.warmup=2 steps")
+    where = two_by_two("parallel=1")
     names = ("mae", "moco")
-    roots = [prepared(config(tmp_path / name, digits, *short, smoke=name), where) for name in names]
+    roots = [prepared(config(tmp_path / name, digits, *SHORT, smoke=name), where) for name in names]
     jobs = submit.submit(roots, where)
     for job, root in zip(jobs, roots, strict=True):
         ended(slurm, job, root)
     for name, root in zip(names, roots, strict=True):
-        alone = uninterrupted(ranks, 1, config(tmp_path / f"{name}-1", digits, *short, smoke=name))
+        alone = uninterrupted(ranks, 1, config(tmp_path / f"{name}-1", digits, *SHORT, smoke=name))
         assert losses(root) == pytest.approx(alone, rel=1e-4)
         assert attempts(root)[-1]["world_size"] == 4
 
 
 LONGER = ("train.duration=600 steps", "checkpoint.every=10 steps", "track.wandb=offline")
+ENDLESS = ("train.duration=1_000_000 steps", "checkpoint.every=10 steps")
+"""Longer than any machine takes to notice what is done to it."""
 
 
 def test_a_run_outlives_whatever_slurm_does_to_it(
@@ -159,7 +169,7 @@ def processes_of(root: Path) -> list[str]:
 def test_a_more_important_job_gets_the_nodes_and_the_run_comes_back(
     slurm: Cluster, tmp_path: Path, digits: Path
 ) -> None:
-    root = prepared(config(tmp_path / "run", digits, *LONGER[:2]), cluster("nodes=2"))
+    root = prepared(config(tmp_path / "run", digits, *ENDLESS), cluster("nodes=2"))
     (job,) = submit.submit([root], cluster("nodes=2"))
     at_step(root, 20)
     slurm.run("sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
@@ -170,18 +180,52 @@ def test_a_more_important_job_gets_the_nodes_and_the_run_comes_back(
 
 
 def test_a_cancelled_run_stays_away(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
-    root = prepared(config(tmp_path / "run", digits, *LONGER[:2]), cluster())
+    root = prepared(config(tmp_path / "run", digits, *ENDLESS), cluster())
     (job,) = submit.submit([root], cluster())
     at_step(root, 5)
     with pytest.raises(RunError, match=f"is job {job} already"):
         submit.submit([root], cluster())
-    record = Submission.of(root)
-    assert record is not None
-    record.cancel(root)
+    cancelled(root)
     slurm.run("scancel", "--signal=TERM", job)
     ended(slurm, job, root)
     assert attempts(root)[-1]["reason"] == "terminated"
     assert list((root / "checkpoints").glob("step-*"))
+
+
+def test_a_node_that_failed_twice_is_avoided(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
+    root = prepared(config(tmp_path / "run", digits, *SHORT), cluster())
+    (root / "nodes.json").write_text(json.dumps({"starts": [], "failures": {"node1": 2}}))
+    (job,) = submit.submit([root], cluster())
+    ended(slurm, job, root)
+    starts = json.loads((root / "nodes.json").read_text())["starts"]
+    assert [start["hosts"] for start in starts] == [["node1"], ["node2"]]
+    assert len(losses(root)) == 6
+
+
+def test_of_two_starts_at_once_the_newer_wins(
+    slurm: Cluster, tmp_path: Path, digits: Path, ranks: Ranks
+) -> None:
+    """SLURM loses a node that lives on, and runs the job once more while the first start still trains."""
+    root = prepared(config(tmp_path / "run", digits, *ENDLESS), cluster())
+    (job,) = submit.submit([root], cluster())
+    at_step(root, 30)
+    slurm.kill_slurmd(1)
+    slurm.declare_down(1)
+    seen = len(rows(root))
+    try:
+        until(lambda: len(attempts(root)) == 2, "the second attempt", LONG)
+        assert attempts(root)[1]["from_step"] > seen  # the first start did go on for a while
+        assert "a newer start of this job has taken over" in told(root)
+        at_step(root, attempts(root)[1]["from_step"] + 20)
+        cancelled(root)
+        slurm.run("scancel", "--signal=TERM", job)
+        ended(slurm, job, root)
+    finally:
+        slurm.crash_node(1)
+        slurm.start_node(1)
+    as_far = f"train.stop_after={len(rows(root))} steps"
+    whole = uninterrupted(ranks, 1, config(tmp_path / "whole", digits, *ENDLESS, as_far))
+    assert losses(root) == whole
 
 
 def test_the_job_runs_the_code_that_was_submitted(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
