@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import deepspeed.ops
@@ -20,12 +20,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.types import Batch
-from pretrain.collectives import average_batch_norm_statistics
-from pretrain.engines import fragments, state
+from pretrain.engines import blocks, fragments, state
+from pretrain.engines.config import Precision
 from pretrain.engines.processes import Processes
+from pretrain.engines.statistics import Statistics
 from pretrain.types import LossOutput, Objective, ParamGroup, Progress, StepSettings
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def initialize(
@@ -38,22 +37,32 @@ def initialize(
     zero_stage: int = 1,
     gradient_clip: float = 0.0,
     precision: Precision = "fp32",
+    tf32: bool = False,
+    activation_checkpointing: bool = False,
+    compile_backend: str | None = None,
+    offload_optimizer: bool = False,
 ) -> DeepSpeedEngine:
     """Wrap `objective` for training; collective. The object stays usable, its parameters are the engine's.
 
-    `micro_batch`: samples a rank takes at once; `accumulation`: micro-batches a step; `gradient_clip`:
-    largest global L2 norm, 0 is off. Every trainable parameter must be in one of the objective's groups.
+    `micro_batch`: samples a rank takes at once; `accumulation`: micro-batches a step; `compile_backend`: of
+    torch.compile, block by block; the others as in `EngineConfig`, which has refused what can't be. Every
+    trainable parameter must be in one of the objective's groups.
     """
     fragments.require_known_deepspeed()
     # DeepSpeed's calls of names that torch has renamed: nothing a user could act on.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # Only inference uses it, and on CPU it would be compiled (a minute) before the first step.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _allow_tf32(processes.device, tf32)
     objective.to(processes.device)
+    if compile_backend is not None:
+        blocks.compile_blocks(objective, compile_backend)
+    if activation_checkpointing:
+        blocks.recompute(objective)
     groups = [group for group in objective.param_groups() if group.parameters]
     _require_every_parameter_once(objective, groups)
     optimizer = make_optimizer(groups)
-    settings = _settings(objective, micro_batch, accumulation, zero_stage, gradient_clip)
+    settings = _settings(objective, micro_batch, accumulation, zero_stage, gradient_clip, offload_optimizer)
     engine, *_ = deepspeed.initialize(
         model=objective, optimizer=optimizer, config=settings, dist_init_required=False
     )
@@ -61,12 +70,25 @@ def initialize(
     return DeepSpeedEngine(engine, objective, groups, accumulation, gradient_clip, scale)
 
 
+def _allow_tf32(device: torch.device, allowed: bool) -> None:
+    """For the whole process, as torch has it. cuDNN's convolutions would use TF32 unless told not to."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
+
+
 def _settings(
-    objective: nn.Module, micro_batch: int, accumulation: int, zero_stage: int, gradient_clip: float
+    objective: nn.Module,
+    micro_batch: int,
+    accumulation: int,
+    zero_stage: int,
+    gradient_clip: float,
+    offload: bool,
 ) -> dict[str, Any]:
     # DeepSpeed allocates whole buckets of 5e8 elements by default, 2 GB however small the model.
     size = sum(p.numel() for p in objective.parameters())
     bucket = 2 ** min(max(size.bit_length(), 16), 26)  # ZeRO wants it to divide by twice the ranks or so
+    pin = torch.cuda.is_available()  # what a GPU copies to without waiting
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -77,6 +99,7 @@ def _settings(
             "stage": zero_stage,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **({"offload_optimizer": {"device": "cpu", "pin_memory": pin}} if offload else {}),
         },
     }
 
@@ -135,6 +158,7 @@ class DeepSpeedEngine:
         self._names = {p: name for name, p in objective.named_parameters()}
         self._micro_batches = 0  # backward passes since the last step
         self._shards = fragments.shards(engine)
+        self._statistics = Statistics(objective)
         self._buffers = state.HostBuffers()
         self._group = dist.new_group(backend="gloo")  # of checkpoints alone, so that a thread may write them
 
@@ -171,7 +195,7 @@ class DeepSpeedEngine:
         for group, own in zip(self._engine.optimizer.param_groups, self._groups, strict=True):
             group["lr"] = settings.lr * own.lr_scale
             group["weight_decay"] = settings.weight_decay * own.weight_decay_scale
-        gradients = fragments.gradients(self._engine)
+        gradients = fragments.gradients(self._engine, self._shards)
         scale = 1.0 if self.loss_scale is None else self.loss_scale.value
         norm = self._norm(gradients) / scale
         finite = math.isfinite(norm.item())
@@ -180,12 +204,14 @@ class DeepSpeedEngine:
         if not finite:
             with _without_effect(fragments.base_optimizer(self._engine)):
                 self._engine.step()
+            self._statistics.restore()
             return None
         if self.zero_stage == 0:  # from stage 1 on DeepSpeed unscales and clips
             factor = (self._clip / (norm + 1e-6)).clamp(max=1.0) if self._clip else torch.ones_like(norm)
             if self._clip or scale != 1.0:
                 torch._foreach_mul_(gradients, factor / scale)
         self._engine.step()
+        self._statistics.keep()
         return ZeroUpdate(norm, self._shards, self._names)
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
@@ -203,7 +229,7 @@ class DeepSpeedEngine:
 
         Batch-norm statistics are averaged over ranks first. The training flags come back at the end.
         """
-        average_batch_norm_statistics(self._objective)
+        self._statistics.average()
         training = [module for module in self._objective.modules() if module.training]
         self._objective.eval()
         try:
@@ -221,7 +247,7 @@ class DeepSpeedEngine:
 
         The memory is used again: what was staged before must be written by then.
         """
-        average_batch_norm_statistics(self._objective)
+        self._statistics.average()
         scale = None if self.loss_scale is None else vars(self.loss_scale)
         engine_state = {"zero_stage": self.zero_stage, "loss_scale": scale}
         return state.stage(self._engine, self._shards, self._buffers, self._group, engine_state, extra)
@@ -236,6 +262,7 @@ class DeepSpeedEngine:
         Raises `RunError` where the folder holds another model. Random states return to as many ranks.
         """
         found = state.load(self._engine, self._shards, self._group, directory)
+        self._statistics.keep()
         if self.loss_scale is not None and found["loss_scale"] is not None:
             self.loss_scale = LossScale(**found["loss_scale"])
         extra = found["extra"]

@@ -120,10 +120,14 @@ def _zero3_slice(parameter: Any) -> tuple[int, int]:
     return start, max(0, min(size, parameter.ds_numel - start))
 
 
-def gradients(engine: Any) -> list[Tensor]:
+def gradients(engine: Any, shards: Sequence[Shard]) -> list[Tensor]:
     """What the optimizer will be given: averaged over ranks, whole at stage 0, else this rank's shards."""
     if engine.zero_optimization_stage() == 0:
         return [p.grad for p in engine.module.parameters() if p.grad is not None]
+    if engine.zero_use_cpu_optimizer():  # offloaded: already at their masters, in host memory
+        if engine.zero_optimization_stage() < 3:
+            engine.optimizer._wait_for_offload_copies()
+        return [shard.key.grad for shard in shards if shard.key.grad is not None]
     return [g for group in engine.optimizer.averaged_gradients.values() for g in group or () if g is not None]
 
 

@@ -144,9 +144,9 @@ def test_clipping_bounds_the_step_and_loss_scaling_leaves_it(
 
 
 def poisoned(
-    stage: int, precision: str
+    stage: int, precision: str, **options: Any
 ) -> tuple[bool, dict[str, Tensor], dict[str, Tensor], float, list[float]]:
-    engine, objective, here = engine_of(stage, 2, precision=precision)
+    engine, objective, here = engine_of(stage, 2, batch_norm=True, precision=precision, **options)
     train(engine, objective, 0, 2, 2)
     before = everything(engine, here.rank)
     scale = engine.loss_scale.value if engine.loss_scale else 1.0
@@ -195,9 +195,11 @@ def test_loss_scale_falls_on_overflow_and_grows_in_calm() -> None:
     assert (scale.value, scale.calm) == (8.0, 0)
 
 
-def saved(stage: int, directory: Path, steps: int = 3) -> tuple[list[float], dict[str, Tensor]]:
+def saved(
+    stage: int, directory: Path, steps: int = 3, **options: Any
+) -> tuple[list[float], dict[str, Tensor]]:
     """Train, save, train on: losses after the save, and the state at the save."""
-    engine, objective, here = engine_of(stage, batch_norm=True)
+    engine, objective, here = engine_of(stage, batch_norm=True, **options)
     train(engine, objective, 0, steps)
     torch.rand(here.rank + 1)
     engine.save(directory, {"step": steps, "note": "ä"})
@@ -208,8 +210,10 @@ def saved(stage: int, directory: Path, steps: int = 3) -> tuple[list[float], dic
     return losses + draws, state
 
 
-def resumed(stage: int, directory: Path, steps: int = 3) -> tuple[list[float], dict[str, Tensor]]:
-    engine, objective, _ = engine_of(stage, batch_norm=True)
+def resumed(
+    stage: int, directory: Path, steps: int = 3, **options: Any
+) -> tuple[list[float], dict[str, Tensor]]:
+    engine, objective, _ = engine_of(stage, batch_norm=True, **options)
     train(engine, objective, 50, 52)  # leave traces that loading must wipe out
     extra = engine.load(directory)
     assert extra == {"step": steps, "note": "ä"}
