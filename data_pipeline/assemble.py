@@ -10,8 +10,9 @@ from torch import Tensor
 
 from configs.errors import DataError
 from data_pipeline.cache import CacheConfig, locator
+from data_pipeline.captions import TextJob, drawn, texts
 from data_pipeline.decode import MAX_PIXELS, DecodeError, Pixels, decode
-from data_pipeline.hashing import key
+from data_pipeline.hashing import Int64s, key, uniform
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Draws
 from data_pipeline.quarantine import Broken
@@ -34,6 +35,21 @@ class Job:
     substitute: bool = False  # replace broken samples instead of raising
     cache: CacheConfig | None = None
     fast: bool = False  # see WorkerHalf
+    text: TextJob | None = None  # where `needs` has tokens
+
+    @property
+    def context(self) -> int:
+        """Tokens of each sample."""
+        return self.text.tokenizer.context if self.text else 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, decoded."""
+
+    pixels: Pixels
+    target: int = 0
+    tokens: Int64s | None = None  # (context,)
 
 
 class Buffers:
@@ -44,7 +60,9 @@ class Buffers:
         if memory is None:
             memory = torch.empty(self.size(job, rows), dtype=torch.uint8)
         self.seeds, self.index, self.target = memory[: 24 * rows].view(torch.int64).view(3, rows)
-        at, views = 24 * rows, []
+        at = 24 * rows
+        self.tokens = memory[at : at + 4 * rows * job.context].view(torch.int32).view(rows, job.context)
+        at, views = at + 4 * rows * job.context, []
         for view in job.views:
             shape = (rows, 3, *view.size)
             size = int(np.prod(shape))
@@ -56,25 +74,27 @@ class Buffers:
     @staticmethod
     def size(job: Job, rows: int) -> int:
         """Bytes of a batch of `rows` samples."""
-        return rows * (24 + sum(3 * view.size[0] * view.size[1] for view in job.views))
+        return rows * (24 + 4 * job.context + sum(3 * view.size[0] * view.size[1] for view in job.views))
 
     def batch(self) -> Batch:
-        """The rows as a batch that shares this memory."""
+        """The rows as a batch that shares this memory, but for the tokens."""
         target = self.target if "target" in self._needs else None
-        return Batch(views=self.views, seeds=self.seeds, index=self.index, target=target)
+        tokens = self.tokens.long() if "tokens" in self._needs else None
+        return Batch(views=self.views, seeds=self.seeds, index=self.index, target=target, tokens=tokens)
 
     def copied(self, rows: int, pin: bool) -> Batch:
         """The first `rows` rows as a batch of its own memory, page-locked where `pin`."""
 
-        def copy(tensor: Tensor) -> Tensor:
+        def copy(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
             part = tensor[:rows]
-            return torch.empty(part.shape, dtype=part.dtype, pin_memory=pin).copy_(part)
+            return torch.empty(part.shape, dtype=dtype or part.dtype, pin_memory=pin).copy_(part)
 
         return Batch(
             views=tuple(copy(view) for view in self.views),
             seeds=copy(self.seeds),
             index=copy(self.index),
             target=copy(self.target) if "target" in self._needs else None,
+            tokens=copy(self.tokens, torch.int64) if "tokens" in self._needs else None,
         )
 
 
@@ -94,28 +114,31 @@ class Assembler:
 
         Raises `DataError` for what can't be replaced.
         """
-        numbers = [drawn.tolist() for drawn in self._half.numbers(draws.seed)]
+        numbers = [number.tolist() for number in self._half.numbers(draws.seed)]
         out.seeds[first : first + len(draws)] = torch.from_numpy(draws.seed)
         out.index[first : first + len(draws)] = torch.from_numpy(draws.index)
         broken: list[Broken] = []
         places = zip(draws.source.tolist(), draws.shard.tolist(), draws.sample.tolist(), strict=True)
+        chances = uniform(draws.seed, Purpose.CAPTION, 1)[:, 0].tolist()
         self._read_ahead(draws)
         for row, (source, shard, sample) in enumerate(places):
             try:
-                pixels, target = self._sample(source, shard, sample)
+                made = self._sample(source, shard, sample, chances[row])
             except SampleError as error:
                 if not self.job.substitute:
                     raise
-                used, pixels, target = self._substitute(source, shard, sample, int(draws.seed[row]), error)
+                used, made = self._substitute(draws, row, error, chances[row])
                 index = int(draws.index[row])
                 out.index[first + row] = index + used - sample
                 stand_in = self._readers[source].key(shard, used)
                 broken.append(
                     Broken(source, index, error.shard, error.key, error.field, error.reason, stand_in)
                 )
-            out.target[first + row] = target
-            for view, drawn in enumerate(numbers):
-                self._half.apply(pixels, view, drawn[row], out.views[view][first + row])
+            out.target[first + row] = made.target
+            if made.tokens is not None:
+                out.tokens[first + row] = torch.from_numpy(made.tokens)
+            for view, number in enumerate(numbers):
+                self._half.apply(made.pixels, view, number[row], out.views[view][first + row])
         return broken
 
     def close(self) -> None:
@@ -126,21 +149,32 @@ class Assembler:
         for source, shard, sample in zip(draws.source, draws.shard, draws.sample, strict=True):
             self._readers[int(source)].will_read(int(shard), int(sample))
 
-    def _sample(self, source: int, shard: int, sample: int) -> tuple[Pixels, int]:
-        reader = self._readers[source]
-        fields = reader.read(shard, sample, self._wanted)
-        name, data = fields[0]
+    def _sample(self, source: int, shard: int, sample: int, chance: float) -> Sample:
+        reader, text = self._readers[source], self.job.text
+        also = text.fields(source) if text else ()
+        (name, data), *rest = reader.read(shard, sample, self._wanted, also)
         try:
             pixels = decode(data, self.job.max_pixels)
         except DecodeError as error:
             raise self._bad(source, shard, sample, name, f"can't be decoded: {error}") from None
-        if "target" not in self.job.needs:
-            return pixels, 0
-        name, label = fields[1]
+        target, tokens = 0, None
         try:
-            return pixels, self._label(source, label)
+            if "target" in self.job.needs:
+                (name, label), *rest = rest
+                target = self._label(source, label)
+            if text is not None:
+                name = "/".join(also)
+                tokens = text.tokenizer.encode(self._caption(text, source, dict(rest), chance))
         except ValueError as error:
             raise self._bad(source, shard, sample, name, str(error)) from None
+        return Sample(pixels, target, tokens)
+
+    def _caption(self, text: TextJob, source: int, payloads: dict[str, bytes], chance: float) -> str:
+        found: list[str] = []
+        for place in text.places[source]:
+            if place.field in payloads:
+                found += texts(place, payloads[place.field])
+        return drawn(found, chance)
 
     def _label(self, source: int, text: bytes) -> int:
         shown = text[:40].decode(errors="replace").strip()
@@ -151,15 +185,14 @@ class Assembler:
             raise ValueError(f"label {label}, but the manifest has {len(classes)} classes")
         return label
 
-    def _substitute(
-        self, source: int, shard: int, sample: int, seed: int, error: SampleError
-    ) -> tuple[int, Pixels, int]:
+    def _substitute(self, draws: Draws, row: int, error: SampleError, chance: float) -> tuple[int, Sample]:
         """Another sample of the same shard, chosen by the broken one's seed: no other row moves."""
+        source, shard, seed = int(draws.source[row]), int(draws.shard[row]), int(draws.seed[row])
         count = self.job.manifests[source].shards[shard].samples
         for attempt in range(_SUBSTITUTES):
             candidate = key(seed, Purpose.SUBSTITUTE, attempt) % count
             try:
-                return candidate, *self._sample(source, shard, candidate)
+                return candidate, self._sample(source, shard, candidate, chance)
             except SampleError:
                 continue
         raise DataError(

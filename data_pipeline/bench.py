@@ -8,7 +8,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.load import DataConfig, build_loader
+from data_pipeline.config import DataConfig
+from data_pipeline.load import build_loader
 from data_pipeline.types import RandomResizedCrop, ViewSpec
 
 

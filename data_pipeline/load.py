@@ -11,18 +11,15 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from configs.errors import ConfigError, DataError
-from configs.loading import Config
 from data_pipeline.assemble import Assembler, Buffers, Job
 from data_pipeline.cache import Ahead, CacheConfig, check_size
-from data_pipeline.decode import MAX_PIXELS
-from data_pipeline.demo import DemoConfig
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.facts import Facts, facts_of
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Draws, Plan
 from data_pipeline.pool import WorkerPool
@@ -30,43 +27,11 @@ from data_pipeline.quarantine import Broken, Quarantine
 from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.types import Batch, ViewSpec
 
+__all__ = ["DataConfig", "Loader", "SourceConfig", "build_loader", "make_plan", "over_cap", "sequential"]
+
 log = logging.getLogger(__name__)
 
 _LOOK_AHEAD = 64  # batches whose remote shards are fetched before they are due
-_SIDES = "a side or [height, width], in pixels"
-
-
-class SourceConfig(Config):
-    """One more data set to draw from, in YAML under `data.also`."""
-
-    manifest: Path
-    weight: PositiveFloat = 1.0  # share of the samples, relative to the other sources' weights
-    max_epochs: PositiveFloat | None = None  # the run stops before it repeats the source more often
-
-
-class DataConfig(Config):
-    """YAML key `data`. Sources, `streams` and `window` fix the order of samples: no change within a run."""
-
-    manifest: Path
-    weight: PositiveFloat = 1.0  # of the manifest, against those in `also`
-    max_epochs: PositiveFloat | None = None
-    also: tuple[SourceConfig, ...] = ()
-    demo: DemoConfig | None = None  # made at the manifest's place when missing
-    image_size: int | tuple[int, int] = Field(224, description=_SIDES)
-    workers: NonNegativeInt = 2  # processes of each rank; 0 reads in the training process
-    prefetch: PositiveInt = 3  # batches being made ahead
-    streams: PositiveInt = 64  # shards read from at a time, over all ranks
-    window: PositiveInt = 4096  # samples of a stream that are shuffled together
-    max_pixels: PositiveInt = MAX_PIXELS  # larger pictures are refused: a guard against decompression bombs
-    max_broken: float = Field(0.001, ge=0, le=1)  # share of samples that may be replaced before the run stops
-    resize: Literal["exact", "fast"] = "exact"  # fast: OpenCV's bilinear without antialiasing
-    cache: CacheConfig | None = None  # needed for shards behind URLs
-
-    @property
-    def sources(self) -> tuple[SourceConfig, ...]:
-        """All data sets, the manifest first."""
-        first = SourceConfig(manifest=self.manifest, weight=self.weight, max_epochs=self.max_epochs)
-        return (first, *self.also)
 
 
 def build_loader(
@@ -90,10 +55,10 @@ def build_loader(
         raise ConfigError(
             f"train.batch_size: found {batch_size}; it has to be a multiple of the {world_size} ranks"
         )
-    manifests = [Manifest.load(source.manifest) for source in config.sources]
-    plan = make_plan(config, manifests, seed)
-    check_size(config.cache, manifests, [order.shards_in_window() for order in plan.orders])
-    job = _job(manifests, views, needs, config)
+    facts = facts_of(config)
+    plan = make_plan(config, facts.manifests, seed)
+    check_size(config.cache, facts.manifests, [order.shards_in_window() for order in plan.orders])
+    job = _job(facts, views, needs, config)
     return Loader(
         plan,
         job,
@@ -267,28 +232,19 @@ def _in_order(manifest: Manifest, start: int, stop: int) -> Draws:
     return Draws(zeros, zeros, shard, sample, index, index)
 
 
-def _job(
-    manifests: Sequence[Manifest], views: Sequence[ViewSpec], needs: frozenset[str], config: DataConfig
-) -> Job:
-    unknown = needs - {"views", "tokens", "target", "index"}
-    if unknown:
-        raise ValueError(f"no such batch field: {', '.join(sorted(unknown))}")
-    for manifest in manifests:
-        if "target" in needs and not any(field in manifest.fields for field in LABEL_FIELDS):
-            raise DataError(
-                f"{manifest.path}: has no labels (field {LABEL_FIELDS[0]}), which the objective needs; "
-                f"its fields are {', '.join(manifest.fields)}"
-            )
+def _job(facts: Facts, views: Sequence[ViewSpec], needs: frozenset[str], config: DataConfig) -> Job:
+    facts.require(needs)
     if config.resize == "fast" and importlib.util.find_spec("cv2") is None:
         raise ConfigError("data.resize: fast needs OpenCV; install opencv-python-headless, or set exact")
     return Job(
-        tuple(manifests),
+        facts.manifests,
         tuple(views),
         needs,
         max_pixels=config.max_pixels,
         substitute=config.max_broken > 0,
         cache=config.cache,
         fast=config.resize == "fast",
+        text=facts.text if "tokens" in needs else None,
     )
 
 

@@ -80,14 +80,20 @@ class Reader:
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._bytes = 0
 
-    def read(self, shard: int, sample: int, wanted: Sequence[Sequence[str]]) -> list[tuple[str, bytes]]:
+    def read(
+        self, shard: int, sample: int, wanted: Sequence[Sequence[str]], also: Sequence[str] = ()
+    ) -> list[tuple[str, bytes]]:
         """For each list of alternatives (`IMAGE_FIELDS`, ...): the field the sample has, and its bytes.
 
-        Raises `ShardError`, or `SampleError` where a field is missing, too large or not as indexed.
+        Behind them all fields of `also` that the sample has. Raises `ShardError`, or `SampleError` where a
+        field is missing, too large or not as indexed.
         """
         opened = self._opened(shard)
         row = opened.index.row(sample)
         columns = [self._column(shard, opened, sample, row, names) for names in wanted]
+        for column in opened.columns(also):
+            if row.offsets[column] >= 0:
+                columns.append(self._column(shard, opened, sample, row, (opened.index.fields[column],)))
         return self._payloads(shard, opened, sample, row, columns)
 
     def key(self, shard: int, sample: int) -> str:
@@ -120,6 +126,8 @@ class Reader:
         self, shard: int, opened: _Open, sample: int, row: Row, columns: Sequence[int]
     ) -> list[tuple[str, bytes]]:
         """Names and bytes. Small samples by one read; of large ones a copy costs more than a call."""
+        if not columns:
+            return []
         offsets, sizes, checksums = row
         start = min([offsets[column] for column in columns])
         end = max([offsets[column] + sizes[column] for column in columns])

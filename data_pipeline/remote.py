@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,15 @@ def fetch(
         except Exception as error:  # every fsspec backend has exceptions of its own
             problem = _said(error)
     raise FetchError(f"{url}: can't be fetched after {_ATTEMPTS} attempts: {problem}")
+
+
+@contextmanager
+def fetched(url: str) -> Iterator[Path]:
+    """A remote file in a temporary folder, for as long as the block lasts. Raises `FetchError`."""
+    with tempfile.TemporaryDirectory(prefix="keel-") as folder:
+        path = Path(folder) / "shard.tar"
+        fetch(url, path)
+        yield path
 
 
 def _fetched(url: str, target: Path, size: int | None, sha256: str | None, timeout: float) -> int:

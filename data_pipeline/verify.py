@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from data_pipeline.index import index_shard
 from data_pipeline.manifest import Manifest
 from data_pipeline.parallel import Progress, mapped
 from data_pipeline.read import CAPTION_FIELDS, IMAGE_FIELDS, LABEL_FIELDS, Reader, SampleError, open_shard
-from data_pipeline.remote import fetch
+from data_pipeline.remote import FetchError, fetched
 
 _KEPT = 1000  # findings a shard may report; the rest are counted
 
@@ -103,15 +102,13 @@ def _verify_shard(task: _Task) -> _Seen:
     shard = manifest.shards[task.shard]
     if not shard.remote:
         return _verify_local(manifest, task, manifest.shard_path(task.shard))
-    with tempfile.TemporaryDirectory(prefix="keel-verify-") as folder:
-        path = Path(folder) / "shard.tar"
-        try:
-            fetch(shard.name, path)
-        except DataError as error:
-            seen = _Seen()
-            seen.add(shard.name, "", "", str(error).removeprefix(f"{shard.name}: "))
-            return seen
-        return _verify_local(manifest, task, path)
+    try:
+        with fetched(shard.name) as path:
+            return _verify_local(manifest, task, path)
+    except FetchError as error:
+        seen = _Seen()
+        seen.add(shard.name, "", "", str(error).removeprefix(f"{shard.name}: "))
+        return seen
 
 
 def _verify_local(manifest: Manifest, task: _Task, path: Path) -> _Seen:

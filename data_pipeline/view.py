@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_pipeline.augment import denormalised, device_half
+from data_pipeline.config import DataConfig
 from data_pipeline.decode import Pixels, decode
 from data_pipeline.files import published
-from data_pipeline.load import DataConfig, build_loader
+from data_pipeline.load import build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader
 from data_pipeline.types import ViewSpec

@@ -171,6 +171,30 @@ def stats(
 
 
 @app.command()
+def tokenizer(
+    data: Set,
+    to: Annotated[Path, typer.Option("--to", help="tokenizer.json to write")],
+    vocab: Annotated[int, typer.Option(min=258, help="tokens at most")] = 49_408,
+    captions: Annotated[
+        list[str] | None, typer.Option(help="field with captions, or json.KEY; may come several times")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="samples to read at most")] = 10_000_000,
+) -> None:
+    """Make a byte-level BPE tokenizer from the captions of a set."""
+    from data_pipeline.manifest import Manifest
+    from data_pipeline.prepare import make_tokenizer
+    from data_pipeline.tokenize import TokenizerConfig, open_tokenizer
+    from launch.progress import progress_bar
+
+    with progress_bar("captions") as progress:
+        make_tokenizer(
+            Manifest.load(data), to, vocab, names=captions or ("txt",), limit=limit, progress=progress
+        )
+    made = open_tokenizer(TokenizerConfig(path=to))
+    typer.echo(f"{to}: {made.vocabulary} tokens, the end is {made.end}, hash {made.hash[:12]}")
+
+
+@app.command()
 def audit(
     run: Annotated[Path, typer.Argument(help="run folder")],
     as_json: Annotated[bool, typer.Option("--json", help="JSON on standard output")] = False,

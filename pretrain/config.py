@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
+import torch
 
 from configs.errors import ConfigError
 from configs.loading import Config, chosen_by
@@ -13,7 +14,6 @@ from data_pipeline.load import DataConfig
 from pretrain import objectives
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.encoders import EncoderConfig
-from pretrain.engines.config import EngineConfig
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type
 from pretrain.optimizers import OptimizerConfig
 from pretrain.tracking import TrackConfig
@@ -35,12 +35,15 @@ class RunSection(Config):
     threads: int = pydantic.Field(1, ge=1)  # CPU threads of a rank, the same for any number of ranks
 
 
-class TrainSection(EngineConfig):
-    """How long, how much at once, and how it is computed."""
+class TrainSection(Config):
+    """How long, how much at once, and in what precision."""
 
     duration: Duration
     batch_size: int = pydantic.Field(gt=0)  # global: over all ranks and accumulation
     micro_batch_size: int | None = pydantic.Field(None, gt=0)  # of a rank; None: its whole share at once
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    gradient_clip: float = pydantic.Field(0.0, ge=0)  # largest global L2 norm; 0 is off
     stop_after: Duration | None = None  # leave after this much in one go, as if the time limit had come
 
     @pydantic.field_validator("duration")
@@ -49,6 +52,10 @@ class TrainSection(EngineConfig):
         if duration.unit == "min" or duration.amount == 0:
             raise ValueError("training lasts a positive number of steps, epochs or samples")
         return duration
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
 class RunConfig(Config):
@@ -103,8 +110,8 @@ def _placed(data: DataConfig) -> DataConfig:
 
 MAY_CHANGE = (
     "run.dir", "run.threads", "data.workers", "data.prefetch", "data.manifest", "data.cache",
-    "data.max_broken", "train.micro_batch_size", "train.zero_stage", "train.activation_checkpointing",
-    "train.compile", "train.offload", "train.stop_after", "checkpoint", "evaluate", "track",
+    "data.max_broken", "train.micro_batch_size", "train.zero_stage", "train.stop_after", "checkpoint",
+    "evaluate", "track",
 )  # fmt: skip
 """What a resumed run may change: how it runs, not what it computes. The manifest is compared by its hash."""
 

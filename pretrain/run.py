@@ -15,10 +15,10 @@ import torch
 
 from configs import loading
 from configs.errors import ConfigError, RunError, UserError
-from data_pipeline import demo
+from data_pipeline.facts import Facts, facts_of
 from data_pipeline.load import Loader, build_loader
-from data_pipeline.manifest import Manifest
 from data_pipeline.order import ORDER_VERSION
+from data_pipeline.prepare import make_missing
 from data_pipeline.transform import device_half
 from data_pipeline.types import ViewSpec
 from pretrain import checkpoint, encoders, tracking
@@ -51,32 +51,26 @@ class Plan:
     """A config with the facts of its data: all that can be known before a process group starts."""
 
     config: RunConfig
-    manifests: tuple[Manifest, ...]
+    data: Facts
     image_size: tuple[int, int]
     total_steps: int
 
     @classmethod
     def of(cls, config: RunConfig) -> Plan:
-        """Raises `UserError` where a manifest can't be used."""
-        manifests = tuple(Manifest.load(source.manifest) for source in config.data.sources)
-        samples = sum(manifest.samples for manifest in manifests)
+        """Raises `UserError` where a manifest or a tokenizer can't be used."""
+        data = facts_of(config.data)
         size = config.data.image_size
         return cls(
             config=config,
-            manifests=manifests,
+            data=data,
             image_size=size if isinstance(size, tuple) else (size, size),
-            total_steps=config.train.duration.steps(config.train.batch_size, samples),
+            total_steps=config.train.duration.steps(config.train.batch_size, data.samples),
         )
 
     @property
     def samples(self) -> int:
         """Size of one epoch: of all sources together."""
-        return sum(manifest.samples for manifest in self.manifests)
-
-    @property
-    def data_hash(self) -> str:
-        """Identity of the data, whatever their place."""
-        return "+".join(manifest.hash for manifest in self.manifests)
+        return self.data.samples
 
     @property
     def views(self) -> Sequence[ViewSpec]:
@@ -87,7 +81,7 @@ class Plan:
 
     def objective(self, world_size: int = 1) -> Objective:
         """The objective with random weights, from torch's current generator and on its current device."""
-        config = self.config
+        config, tokenizer = self.config, self.data.tokenizer
         context = BuildContext(
             encoder=encoders.build(config.encoder, self.image_size),
             image_size=self.image_size,
@@ -96,6 +90,8 @@ class Plan:
             autocast=config.train.autocast,
             world_size=world_size,
             accumulation=config.micro_batch(world_size)[1],
+            vocabulary=tokenizer.vocabulary if tokenizer else None,
+            text_length=tokenizer.context if tokenizer else None,
         )
         return config.objective.build(context)
 
@@ -112,14 +108,11 @@ def prepare(config: RunConfig, *, world_size: int, progress: DemoProgress | None
     folder = RunFolder(config.run.dir)
     if folder.exists():
         _refuse_another_run(folder, config)
-    _make_demo_data(config, progress)
+    make_missing(config.data, progress)
     plan = Plan.of(config)
+    plan.data.require(config.objective.needs)
     state = folder.read_state() if folder.exists() else {}
-    if state.get("manifest_hash", plan.data_hash) != plan.data_hash:
-        raise RunError(
-            f"data.manifest: {config.data.manifest} holds other data than {folder.root} was trained on "
-            f"(hash {plan.data_hash[:12]}, was {state['manifest_hash'][:12]}); set another run.dir"
-        )
+    _refuse_other_data(folder, state, plan.data)
     config.optimizer.schedule_for(config.train.batch_size, plan.samples, plan.total_steps)
     with torch.device("meta"):
         plan.objective(world_size)
@@ -128,7 +121,7 @@ def prepare(config: RunConfig, *, world_size: int, progress: DemoProgress | None
         write_atomically(folder.config_file, loading.dump(config))
         if not state:
             identity = {"id": secrets.token_hex(4), "created": now(), "status": "new"}
-            data = {"manifest_hash": plan.data_hash, "total_steps": plan.total_steps}
+            data = {**plan.data.identity, "total_steps": plan.total_steps}
             folder.update_state(**identity, **data)
         folder.update_state(**provenance())
     return folder
@@ -146,21 +139,14 @@ def _refuse_another_run(folder: RunFolder, config: RunConfig) -> None:
         raise RunError("\n".join(lines))
 
 
-def _make_demo_data(config: RunConfig, progress: DemoProgress | None) -> None:
-    if config.data.demo is None or config.data.manifest.is_file():
-        return
-    split = config.data.manifest.parent
-    if config.data.manifest.name != "manifest.json" or split.name not in ("train", "val"):
-        raise ConfigError(
-            f"data.manifest: demo data lie in DIR/train/manifest.json, found {config.data.manifest}"
-        )
-    try:
-        demo.make(config.data.demo, split.parent, progress=progress)
-    except OSError as error:
-        raise ConfigError(
-            f"data.manifest: demo data can't be made in {split.parent}: {error.strerror}; "
-            "choose another run.dir"
-        ) from error
+def _refuse_other_data(folder: RunFolder, state: dict[str, Any], data: Facts) -> None:
+    for name, found in data.identity.items():
+        before = state.get(name, found)
+        if before != found:
+            raise RunError(
+                f"{data.place(name)} holds other data than {folder.root} was trained on (hash "
+                f"{found[:12]}, was {before[:12]}); set another run.dir"
+            )
 
 
 def train(folder: RunFolder, stop: StopRequest, console: TextIO | None = None) -> StopReason:
@@ -346,7 +332,7 @@ def _state_beside(plan: Plan, progress: Progress) -> dict[str, Any]:
         "step": progress.step,
         "samples": progress.samples,
         "order_version": ORDER_VERSION,
-        "manifest_hash": plan.data_hash,
+        **plan.data.identity,
         "config": plan.config.model_dump(mode="json"),
     }
 

@@ -1,0 +1,90 @@
+"""What is known of a run's data before anything is read from a shard: how many, which, with what words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from configs.errors import ConfigError, DataError
+from data_pipeline.captions import TextJob, places
+from data_pipeline.config import DataConfig
+from data_pipeline.manifest import Manifest
+from data_pipeline.read import LABEL_FIELDS
+from data_pipeline.tokenize import Tokenizer, open_tokenizer
+
+_FIELDS = frozenset({"views", "tokens", "target", "index"})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run's data, opened. Cheap: manifests and the tokenizer, no shard."""
+
+    config: DataConfig
+    manifests: tuple[Manifest, ...]
+    tokenizer: Tokenizer | None
+
+    @cached_property
+    def samples(self) -> int:
+        """Size of one epoch: of all sources together."""
+        return sum(manifest.samples for manifest in self.manifests)
+
+    @property
+    def hash(self) -> str:
+        """Identity of the samples, whatever their place."""
+        return "+".join(manifest.hash for manifest in self.manifests)
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Hashes that a resumed run must find again, under the names they have in run.json."""
+        found = {"manifest_hash": self.hash}
+        if self.tokenizer is not None:
+            found["tokenizer_hash"] = self.tokenizer.hash
+        return found
+
+    def place(self, name: str) -> str:
+        """The setting and file that a hash of `identity` belongs to."""
+        if name == "tokenizer_hash" and self.config.tokenizer is not None:
+            return f"data.tokenizer: {self.config.tokenizer.path}"
+        return f"data.manifest: {self.config.manifest}"
+
+    @property
+    def text(self) -> TextJob | None:
+        """How captions become tokens; None without a tokenizer. Raises `ConfigError`."""
+        if self.tokenizer is None:
+            return None
+        found = tuple(places(self.config.captions, manifest.fields) for manifest in self.manifests)
+        for manifest, leading in zip(self.manifests, found, strict=True):
+            if not leading:
+                raise ConfigError(
+                    f"data.captions: found {', '.join(self.config.captions)}, but {manifest.path} has the "
+                    f"fields {', '.join(manifest.fields)}; name one that holds captions, or json.KEY"
+                )
+        return TextJob(self.tokenizer, found)
+
+    def require(self, needs: frozenset[str]) -> None:
+        """Refuse data that lack a field of a batch. Raises `ConfigError` or `DataError` in a line."""
+        unknown = needs - _FIELDS
+        if unknown:
+            raise ValueError(f"no such batch field: {', '.join(sorted(unknown))}")
+        for manifest in self.manifests:
+            if "target" in needs and not any(field in manifest.fields for field in LABEL_FIELDS):
+                raise DataError(
+                    f"{manifest.path}: has no labels (field {LABEL_FIELDS[0]}), which the objective needs; "
+                    f"its fields are {', '.join(manifest.fields)}"
+                )
+        if "tokens" in needs and self.text is None:
+            raise ConfigError(
+                "data.tokenizer: is missing, and the objective reads captions; set "
+                "data.tokenizer.path=FILE (keel data tokenizer makes one), or openai"
+            )
+
+
+def facts_of(config: DataConfig) -> Facts:
+    """Open the manifests and the tokenizer. Raises `UserError` in a line."""
+    manifests = tuple(Manifest.load(source.manifest) for source in config.sources)
+    return Facts(config, manifests, open_tokenizer(config.tokenizer) if config.tokenizer else None)
+
+
+def vocabulary_of(config: DataConfig) -> int | None:
+    """Tokens that the data's tokenizer knows; None without one. Raises `ConfigError`."""
+    return open_tokenizer(config.tokenizer).vocabulary if config.tokenizer else None

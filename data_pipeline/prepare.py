@@ -1,0 +1,120 @@
+"""What a run's data lack and keel can make: demo data, and a tokenizer from captions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from configs.errors import ConfigError
+from data_pipeline import demo
+from data_pipeline.captions import Place, places, texts
+from data_pipeline.config import DataConfig
+from data_pipeline.files import write_whole
+from data_pipeline.hashing import key, permutation
+from data_pipeline.manifest import Manifest
+from data_pipeline.parallel import Progress
+from data_pipeline.read import Reader, SampleError
+from data_pipeline.remote import fetched
+from data_pipeline.tokenize import train
+
+log = logging.getLogger(__name__)
+
+_VOCABULARY = 8192  # tokens of a demo's tokenizer, unless its config says
+_SHARDS = 41  # what a permutation is for: part of the hash
+
+
+def make_missing(config: DataConfig, progress: Progress | None = None) -> None:
+    """Make demo data at the manifest's place, and a tokenizer of their captions, where they are missing.
+
+    Only where `demo` is set; what is there is kept. Whole or absent, and the same bytes whoever makes them.
+    Raises `UserError`.
+    """
+    if config.demo is None:
+        return
+    if not config.manifest.is_file():
+        split = config.manifest.parent
+        if config.manifest.name != "manifest.json" or split.name not in ("train", "val"):
+            raise ConfigError(
+                f"data.manifest: demo data lie in DIR/train/manifest.json, found {config.manifest}"
+            )
+        with _placed("data.manifest: demo data", split.parent):
+            demo.make(config.demo, split.parent, progress=progress)
+    wanted = config.tokenizer
+    if wanted is not None and wanted.path != "openai" and not wanted.path.is_file():
+        with _placed("data.tokenizer.path: a tokenizer", wanted.path.parent):
+            vocabulary = wanted.vocabulary or _VOCABULARY
+            make_tokenizer(Manifest.load(config.manifest), wanted.path, vocabulary, names=config.captions)
+
+
+@contextmanager
+def _placed(what: str, folder: Path) -> Iterator[None]:
+    """Say in a line where something can't be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{what} can't be made in {folder}: {error.strerror}; choose another run.dir"
+        ) from error
+
+
+def make_tokenizer(
+    manifest: Manifest,
+    to: Path,
+    vocabulary: int,
+    *,
+    names: Sequence[str] = ("txt",),
+    limit: int = 10_000_000,
+    progress: Progress | None = None,
+) -> None:
+    """Write a tokenizer.json of up to `vocabulary` tokens, made from a set's captions, to the file `to`.
+
+    Reads shard by shard, in an order of its own, until it has read `limit` samples. The same set gives the
+    same bytes. Raises `DataError`, or `ConfigError` where no caption is at `names`.
+    """
+    leading = places(names, manifest.fields)
+    if not leading:
+        raise ConfigError(
+            f"data.captions: found {', '.join(names)}, but {manifest.path} has the fields "
+            f"{', '.join(manifest.fields)}; name one that holds captions, or json.KEY"
+        )
+    write_whole(to, train(_captions(manifest, leading, limit, progress), vocabulary))
+
+
+def _captions(
+    manifest: Manifest, leading: Sequence[Place], limit: int, progress: Progress | None
+) -> Iterator[str]:
+    fields = tuple(dict.fromkeys(place.field for place in leading))
+    total = min(limit, manifest.samples)
+    done = unusable = 0
+    for shard in permutation(key(_SHARDS), len(manifest.shards)).tolist():
+        if done >= total:
+            break
+        with _opened(manifest, shard) as reader:
+            for sample in range(min(manifest.shards[shard].samples, total - done)):
+                try:
+                    payloads = dict(reader.read(shard, sample, (), fields))
+                    for place in leading:
+                        if place.field in payloads:
+                            yield from texts(place, payloads[place.field])
+                except (SampleError, ValueError):
+                    unusable += 1
+                done += 1
+                if progress and done % 1000 == 0:
+                    progress(done, total)
+    if progress:
+        progress(done, total)
+    if unusable:
+        log.warning("%s: %d of %d samples have captions that can't be read", manifest.path, unusable, done)
+
+
+@contextmanager
+def _opened(manifest: Manifest, shard: int) -> Iterator[Reader]:
+    """A reader for one shard, which is fetched for the time where it lies behind a URL."""
+    if not manifest.shards[shard].remote:
+        with closing(Reader(manifest)) as reader:
+            yield reader
+        return
+    with fetched(manifest.shards[shard].name) as path, closing(Reader(manifest, lambda _: path)) as reader:
+        yield reader
