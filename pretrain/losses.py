@@ -40,6 +40,16 @@ def info_nce_with_queue(
     return functional.cross_entropy(logits, logits.new_zeros(len(query), dtype=torch.int64)), logits
 
 
+def info_nce(query: Tensor, keys: Tensor, temperature: float, first: int = 0) -> Tensor:
+    """Cross entropy of each query's own key among all (van den Oord et al. 2018, arXiv:1807.03748 eq. 4).
+
+    query: (n, D), keys: (N, D), float32 of unit length; query i belongs to key first + i. Returns the mean.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query.float() @ keys.float().T / temperature
+        return functional.cross_entropy(logits, torch.arange(len(query), device=query.device) + first)
+
+
 def log_sums(rows: Tensor, columns: Tensor, scale: Tensor, chunk: int = 4096) -> tuple[Tensor, Tensor]:
     """Log-sum-exp of `scale * rows @ columns.T` over columns and over rows, without holding the matrix.
 

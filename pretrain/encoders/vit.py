@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 
@@ -101,3 +102,25 @@ def initialise_as_mae(modules: Iterable[nn.Module]) -> None:
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+def initialise_as_moco_v3(encoder: VisionTransformer) -> None:
+    """Xavier-uniform as for separate query, key and value matrices (MoCo v3's vits.py), in place.
+
+    The patch projection counts as the linear layer it is; class token close to zero.
+    """
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Linear):
+            outputs = module.out_features // 3 if name.endswith("qkv") else module.out_features
+            bound = math.sqrt(6 / (module.in_features + outputs))
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    projection = encoder.patch_embed.proj
+    inputs = projection.weight[0].numel()
+    bound = math.sqrt(6 / (inputs + encoder.embed_dim))
+    nn.init.uniform_(projection.weight, -bound, bound)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+    if encoder.cls_token is not None:
+        nn.init.normal_(encoder.cls_token, std=1e-6)

@@ -57,6 +57,18 @@ def test_info_nce_with_queue() -> None:
     check(lambda q: losses.info_nce_with_queue(q, key, queue, 0.07)[0], reference, [query])
 
 
+def test_info_nce_of_a_part_of_the_batch() -> None:
+    """Three queries against the keys of a batch of nine, of which theirs are the middle ones."""
+    query, keys = unit(3, 8, seed=0), unit(9, 8, seed=1)
+
+    def reference(query: Array, keys: Array) -> float:
+        logits = query @ keys.T / 0.2
+        own = logits[np.arange(3), np.arange(3) + 4]
+        return float((np.log(np.exp(logits).sum(1)) - own).mean())
+
+    check(lambda q, k: losses.info_nce(q, k, 0.2, first=4), reference, [query, keys])
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_log_sums_of_both_directions(chunk: int) -> None:
     """The symmetric CLIP loss out of the two log-sums, in chunks of any size."""
