@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 from configs.loading import PACKAGED, Config, dump, load, validate
+from launch.cluster import ClusterConfig
 from pretrain.config import RunConfig
 
-SCHEMAS: dict[str, type[Config]] = dict.fromkeys(("demo", "smoke", "mae", "moco"), RunConfig)
+SCHEMAS: dict[str, type[Config]] = dict.fromkeys(("demo", "smoke", "mae", "moco"), RunConfig) | {
+    "clusters": ClusterConfig
+}
 """What the files of each folder of configs/ are."""
 
 FILES = sorted(PACKAGED.rglob("*.yaml"))
