@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError
-from launch import cli_checkpoint, cli_data, cli_submit
+from launch import cli_checkpoint, cli_data, cli_runs, cli_submit
 from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 
 DEMO = Path("runs/demo")
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.command()(cli_submit.submit)
+cli_runs.add_to(app)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")]
@@ -54,16 +55,26 @@ def train(
         list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")
     ] = None,
     nproc: Ranks = 1,
+    fork: Annotated[
+        Path | None, typer.Option("--fork", metavar="RUN", help="start a new run from this one's checkpoint")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="of the checkpoint to fork; without it the newest")] = None,
+    anew: Annotated[bool, typer.Option("--anew", help="the fork's clock and data start at nothing")] = False,
 ) -> None:
     """Train, or go on where the run folder's newest checkpoint left off."""
     from configs.loading import load
     from launch.local import launch
     from launch.progress import progress_bar
     from pretrain.config import RunConfig
+    from pretrain.fork import Fork
     from pretrain.run import prepare
 
+    if fork is None and (step is not None or anew):
+        raise UserError("--step and --anew belong to --fork RUN")
+    branch = None if fork is None else Fork(fork, step, anew)
     with progress_bar("demo data") as progress:
-        folder = prepare(load(config, RunConfig, overrides or ()), world_size=nproc, progress=progress)
+        settings = load(config, RunConfig, overrides or ())
+        folder = prepare(settings, world_size=nproc, progress=progress, fork=branch)
     code = launch(folder, nproc)
     if code == 0:
         typer.echo(f"done; run folder: {folder.root}")

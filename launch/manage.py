@@ -1,0 +1,187 @@
+"""What is done to runs that exist: their logs read, cancelled, gone on with, the best of them chosen."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import RunError
+from launch import queue
+from launch.logs import rank_log
+from launch.registry import Run, Score, list_runs, look, lower_is_better, scores
+from launch.run_files import holder, lease_held, tail
+
+POLL = 0.2
+"""Seconds between looks at a log that is followed."""
+
+
+def log_of(run: Path, rank: int | None = None) -> Path:
+    """The log of a rank, by default of rank 0, or what its job printed while there is none.
+
+    Raises `RunError` where there is nothing to read.
+    """
+    log = rank_log(run / "logs", rank or 0)
+    if log.is_file():
+        return log
+    there = sorted(
+        path.stem.removeprefix("rank-").lstrip("0") or "0" for path in (run / "logs").glob("rank-*.log")
+    )
+    if rank is not None and there:
+        raise RunError(f"--rank: found {rank}; {run} has logs of {', '.join(there)}")
+    from launch.submission import Submission
+
+    if submission := Submission.of(run):
+        files = sorted(Path(submission.log_folder).glob(f"{submission.job_id}_*_log.*"))
+        spoken = [path for path in files if path.suffix in (".err", ".out") and path.stat().st_size]
+        if spoken:
+            return max(spoken, key=lambda path: path.stat().st_mtime)
+    raise RunError(f"{run}: nothing was printed yet, so it hasn't started; see keel runs")
+
+
+def lines(log: Path, last: int, *, follow: bool = False) -> Iterator[str]:
+    """The last whole lines of a log (0: all); with `follow`, then every new one, for ever."""
+    with log.open("rb") as file:
+        there = file.read()
+        whole, newline, rest = there.rpartition(b"\n")
+        shown = (whole + newline).splitlines()
+        for line in shown[-last:] if last else shown:
+            yield line.decode(errors="replace")
+        while follow:
+            if not (new := file.read()):
+                time.sleep(POLL)
+                continue
+            *complete, rest = (rest + new).split(b"\n")
+            for line in complete:
+                yield line.decode(errors="replace")
+        if rest:
+            yield rest.decode(errors="replace")
+
+
+def cancel(folders: Sequence[Path], *, now: bool = False) -> list[tuple[Run, str]]:
+    """End runs for good; gives each with what was done. `now`: without waiting for a checkpoint.
+
+    A run is marked before its job is told, so that a job on its way back into the queue stays away. Raises
+    `RunError` where a run can't be reached.
+    """
+    from launch.submission import Submission
+
+    told = []
+    folders = [folder.absolute() for folder in folders]
+    found = look(folders)
+    jobs = queue.states([run.job for run in found if run.job])
+    for folder, run in zip(folders, found, strict=True):
+        record = Submission.of(folder)
+        if record and run.state not in ("done", "cancelled"):
+            record.cancel(folder)
+        job = jobs.get(run.job or "")
+        if run.job and (job is None or job.active):
+            saving = job is not None and not job.waiting and not now
+            queue.cancel([run.job], to_save=saving)
+            told.append((run, f"job {run.job} " + ("saves and ends" if saving else "is cancelled")))
+        elif run.active:
+            told.append((run, _end_process(folder, now)))
+        else:
+            told.append((run, f"isn't running: {run.state}"))
+    return told
+
+
+def _end_process(folder: Path, now: bool) -> str:
+    process = holder(folder)
+    if process is None or not lease_held(folder):
+        raise RunError(f"{folder}: runs on another machine without SLURM; press Ctrl-C, or kill it there")
+    os.kill(process, signal.SIGKILL if now else signal.SIGTERM)
+    return f"process {process} " + ("is killed" if now else "saves and ends")
+
+
+def resumable(folders: Sequence[Path]) -> list[Run]:
+    """The runs given, and of folders of runs those that ended against their user's will.
+
+    Raises `RunError` where a run that was named can't be resumed.
+    """
+    chosen: list[Run] = []
+    for folder in folders:
+        if not (folder / "config.yaml").is_file():
+            chosen += [run for run in list_runs(folder) if run.resumable]
+            continue
+        (run,) = look([folder])
+        if run.active or run.state == "done":
+            raise RunError(f"{folder}: is {run.state}, there is nothing to resume")
+        chosen.append(run)
+    return chosen
+
+
+def resume(
+    runs: Sequence[Run], cluster: str | None = None, nproc: int | None = None, *, say: Callable[[str], None]
+) -> int:
+    """Submit runs again as they were submitted, or to `cluster`; what never was goes on here, one by one.
+
+    Gives the exit code: 0, or that of the first that failed here. `nproc`: ranks here, else as it had.
+    """
+    from launch import local
+    from launch.cluster import ClusterConfig, load_cluster
+    from launch.submission import Submission
+    from launch.submit import submit
+    from pretrain.folder import RunFolder
+
+    given = load_cluster(cluster) if cluster else None
+    groups: dict[str, tuple[ClusterConfig, list[Path]]] = {}
+    here: list[Path] = []
+    for run in runs:
+        record = Submission.of(Path(run.path))
+        if given is None and record is None:
+            here.append(Path(run.path))
+            continue
+        where = given or ClusterConfig.model_validate(record.cluster if record else {})
+        groups.setdefault(where.model_dump_json(), (where, []))[1].append(Path(run.path))
+    for where, folders in groups.values():
+        for folder, job in zip(folders, submit(folders, where), strict=True):
+            say(f"{folder}: job {job}")
+    codes = []
+    for path in here:
+        own = RunFolder(path)
+        attempts = own.read_state().get("attempts") or [{}]
+        codes.append(local.launch(own, nproc or attempts[-1].get("world_size", 1)))
+        say(f"{path}: {'done' if codes[-1] == 0 else f'exit code {codes[-1]}'}")
+    return next((code for code in codes if code), 0)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A run with what it may be chosen for."""
+
+    run: Run
+    score: Score
+    exportable: bool  # a checkpoint of that very step is there
+
+
+def ranking(root: Path, metric: str) -> list[Candidate]:
+    """Runs below `root`, the best first, each by its best score among steps that can be exported.
+
+    Where a run has a checkpoint of none of its evaluated steps, its last score counts. "loss" is the last of
+    metrics.jsonl. Raises `RunError` where no run has such a score.
+    """
+    from pretrain.checkpoint import published
+
+    lower = lower_is_better(metric)
+    found, known = [], set()
+    for run in list_runs(root):
+        path = Path(run.path)
+        saved = {one.step for one in published(path)}
+        if metric == "loss":
+            there = [] if run.loss is None else [Score(metric, run.loss, run.step)]
+        else:
+            evaluations = tail(path / "evaluations.jsonl", size=1 << 24)
+            known |= {f"{row.get('name')}/{name}" for row in evaluations for name in row.get("values") or {}}
+            there = scores(evaluations, metric)
+        kept = [score for score in there if score.step in saved] or there[-1:]
+        if kept:
+            score = (min if lower else max)(kept, key=lambda score: score.value)
+            found.append(Candidate(run, score, score.step in saved))
+    if not found:
+        listed = ", ".join(sorted(known)) or "nothing yet"
+        raise RunError(f"--metric: no run below {root} has {metric}; evaluated were: {listed}")
+    return sorted(found, key=lambda one: one.score.value, reverse=not lower)
