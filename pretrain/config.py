@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
-import torch
 
 from configs.errors import ConfigError
 from configs.loading import Config, chosen_by
-from data_pipeline.load import DataConfig
+from data_pipeline.config import DataConfig
 from pretrain import objectives
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.encoders import EncoderConfig
+from pretrain.engines.config import EngineConfig
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type
 from pretrain.optimizers import OptimizerConfig
 from pretrain.tracking import TrackConfig
@@ -35,15 +35,12 @@ class RunSection(Config):
     threads: int = pydantic.Field(1, ge=1)  # CPU threads of a rank, the same for any number of ranks
 
 
-class TrainSection(Config):
-    """How long, how much at once, and in what precision."""
+class TrainSection(EngineConfig):
+    """How long, how much at once, and how it is computed."""
 
     duration: Duration
     batch_size: int = pydantic.Field(gt=0)  # global: over all ranks and accumulation
     micro_batch_size: int | None = pydantic.Field(None, gt=0)  # of a rank; None: its whole share at once
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    gradient_clip: float = pydantic.Field(0.0, ge=0)  # largest global L2 norm; 0 is off
     stop_after: Duration | None = None  # leave after this much in one go, as if the time limit had come
 
     @pydantic.field_validator("duration")
@@ -52,10 +49,6 @@ class TrainSection(Config):
         if duration.unit == "min" or duration.amount == 0:
             raise ValueError("training lasts a positive number of steps, epochs or samples")
         return duration
-
-    @property
-    def autocast(self) -> torch.dtype | None:
-        return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
 
 class RunConfig(Config):
@@ -74,7 +67,7 @@ class RunConfig(Config):
     def placed(self) -> RunConfig:
         """The same run with absolute paths, so that it means the same from any working directory."""
         run = self.run.model_copy(update={"dir": self.run.dir.expanduser().absolute()})
-        data = _placed(self.data)
+        data = self.data.placed()
         evaluate = tuple(evaluation.placed() for evaluation in self.evaluate)
         return self.model_copy(update={"run": run, "data": data, "evaluate": evaluate})
 
@@ -100,18 +93,11 @@ class RunConfig(Config):
         return micro, share // micro
 
 
-def _placed(data: DataConfig) -> DataConfig:
-    def absolute(path: Path) -> Path:
-        return path.expanduser().absolute()
-
-    also = tuple(s.model_copy(update={"manifest": absolute(s.manifest)}) for s in data.also)
-    return data.model_copy(update={"manifest": absolute(data.manifest), "also": also})
-
-
 MAY_CHANGE = (
     "run.dir", "run.threads", "data.workers", "data.prefetch", "data.manifest", "data.cache",
-    "data.max_broken", "train.micro_batch_size", "train.zero_stage", "train.stop_after", "checkpoint",
-    "evaluate", "track",
+    "data.tokenizer.path",
+    "data.max_broken", "train.micro_batch_size", "train.zero_stage", "train.activation_checkpointing",
+    "train.compile", "train.offload", "train.stop_after", "checkpoint", "evaluate", "track",
 )  # fmt: skip
 """What a resumed run may change: how it runs, not what it computes. The manifest is compared by its hash."""
 
