@@ -50,6 +50,7 @@ class Place:
     def environment(self) -> Mapping[str, str]:
         """What torch.distributed, DeepSpeed and accelerate read."""
         raw = os.environ.get("SLURM_JOB_ID", self.job)
+        number = int(raw) if raw.isdigit() else os.getpid()
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return {
             "RANK": str(self.rank), "WORLD_SIZE": str(self.world_size),
@@ -57,7 +58,7 @@ class Place:
             "GROUP_RANK": str(self.node),
             "MASTER_ADDR": self.hosts[0] if self.world_size > self.local_world_size else "127.0.0.1",
             # Below the ports that the kernel gives out itself, and apart for jobs that share a node.
-            "MASTER_PORT": str(12_000 + (int(raw) + 61 * restarts) % 18_000),
+            "MASTER_PORT": str(12_000 + (number + 61 * restarts) % 18_000),
         }  # fmt: skip
 
 

@@ -66,13 +66,14 @@ class Train:
         outcome = job(root)
         if outcome.code == DONE or outcome.reason == "stop_after":
             return {"reason": outcome.reason}
-        if outcome.reason in ("preempted", "time_limit"):
-            leave(slurm.REQUEUE)
-        if outcome.code == STOPPED:
+        if outcome.code == STOPPED and outcome.reason not in ("preempted", "time_limit"):
             wait_for_slurm(root, KILL_WAIT)
             return {"reason": outcome.reason}
         if outcome.code == LOST_PEER:
             wait_for_slurm(root, VERDICT)
+        if outcome.code in (STOPPED, LOST_PEER):
+            if cancelled(root):
+                return {"reason": "cancelled"}
             leave(slurm.REQUEUE)
         raise TaskFailedError(f"rank {here.rank} failed:\n{_end_of_log(root, here.rank)}")
 
@@ -131,10 +132,14 @@ def leave(code: int) -> NoReturn:
 def wait_for_slurm(root: Path, seconds: float) -> None:
     """Give SLURM `seconds` to end or requeue this job; a run that was cancelled doesn't wait."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if (record := Submission.of(root)) and record.cancelled:
-            return
-        time.sleep(1)
+    while time.monotonic() < deadline and not cancelled(root):
+        time.sleep(min(1, seconds))
+
+
+def cancelled(root: Path) -> bool:
+    """Whether the user asked that the run stay away."""
+    record = Submission.of(root)
+    return record is not None and record.cancelled is not None
 
 
 def _threads(root: Path) -> str:

@@ -1,0 +1,126 @@
+"""Submission by the executors that need no SLURM, and what a task's end means to the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import slurm, task
+from launch.job import DONE, LOST_PEER, OUR_FAULT, STOPPED, USERS_INPUT, Outcome
+from launch.submission import Submission
+from pretrain.folder import RunFolder
+from tests.slurm.cluster import until
+
+Ranks = Callable[..., list[Any]]
+FAILED = 1
+"""Exit code of a task that raised."""
+
+
+def submit(root: Path, *more: str) -> dict[str, str]:
+    command = [sys.executable, "-P", "-m", "launch", "submit", "configs/smoke/mae.yaml", f"run.dir={root}"]
+    command += ["data.workers=0", "--cluster", "clusters/local", *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path.cwd())
+    assert done.returncode == 0, done.stderr
+    said = done.stdout if "--json" in more else "{}"
+    return dict(json.loads(said))
+
+
+def test_debug_runs_in_the_process_that_submits(tmp_path: Path) -> None:
+    submit(tmp_path / "run", "+executor=debug", "+tasks_per_node=1")
+    assert RunFolder(tmp_path / "run").read_state()["status"] == "done"
+
+
+def test_local_runs_in_the_background(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    said = submit(root, "--json")
+    until(lambda: RunFolder(root).read_state()["status"] == "done", "the run is done", 120)
+    assert RunFolder(root).read_state()["attempts"][0]["world_size"] == 2
+    record = Submission.of(root)
+    assert record is not None and record.job_id == said["job"] and Path(record.code).is_dir()
+    assert {path.name for path in (root / "logs").iterdir()} == {"rank-00000.log", "rank-00001.log"}
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "launch",
+        "submit",
+        "smoke/mae",
+        f"run.dir={tmp_path}/run",
+        "--dry-run",
+    ]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("#!/bin/bash") and f"launch.task.Train('{tmp_path}/run')" in said
+    assert not list(tmp_path.iterdir())
+
+
+def end_of_task(root: str, outcome: Outcome, cancelled: bool) -> int:
+    """Exit code of a process that runs a task whose training ends so. Run in a forked rank."""
+    if cancelled:
+        Submission("1", {}, "", "", "", cancelled="now").write(Path(root))
+    if (pid := os.fork()) == 0:
+        task.VERDICT = task.KILL_WAIT = 0.1
+        task.job = lambda path: outcome  # type: ignore[assignment]
+        task._threads = lambda path: "1"  # type: ignore[assignment]
+        here = slurm.Place(1, 2, 1, 2, 0, ("here",), "7", Path(root))
+        slurm.place = lambda: here  # type: ignore[assignment]
+        try:
+            task.Train(root, 60)()
+        except task.TaskFailedError:
+            os._exit(FAILED)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "cancelled", "code"),
+    [
+        (Outcome(DONE, "done"), False, 0),
+        (Outcome(STOPPED, "stop_after"), False, 0),
+        (Outcome(STOPPED, "preempted"), False, slurm.REQUEUE),
+        (Outcome(STOPPED, "preempted"), True, 0),
+        (Outcome(STOPPED, "time_limit"), False, slurm.REQUEUE),
+        (Outcome(STOPPED, "terminated"), False, 0),
+        (Outcome(LOST_PEER), False, slurm.REQUEUE),
+        (Outcome(LOST_PEER), True, 0),
+        (Outcome(OUR_FAULT), False, FAILED),
+        (Outcome(USERS_INPUT), False, FAILED),
+    ],
+)
+def test_what_an_end_means(
+    tmp_path: Path, ranks: Ranks, outcome: Outcome, cancelled: bool, code: int
+) -> None:
+    assert ranks(1, end_of_task, root=str(tmp_path), outcome=outcome, cancelled=cancelled) == [code]
+
+
+def outstays_its_time(root: str) -> int:
+    """A save that hangs in C, where no Python handler can run."""
+    if (pid := os.fork()) == 0:
+        task.MARGIN = 0.0
+
+        def hang(path: Path) -> Outcome:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os.system("sleep 60")
+            return Outcome(DONE, "done")
+
+        task.job = hang  # type: ignore[assignment]
+        task._threads = lambda path: "1"  # type: ignore[assignment]
+        here = slurm.Place(1, 2, 1, 2, 0, ("here",), "7", Path(root))
+        slurm.place = lambda: here  # type: ignore[assignment]
+        task.Train(root, 0.5)()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_save_that_outlasts_the_time_doesnt_cost_the_requeue(tmp_path: Path, ranks: Ranks) -> None:
+    assert ranks(1, outstays_its_time, root=str(tmp_path)) == [slurm.REQUEUE]
