@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError
-from launch import cli_checkpoint, cli_data, cli_runs, cli_submit
+from launch import cli_checkpoint, cli_data, cli_replay, cli_runs, cli_submit
 from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 
 DEMO = Path("runs/demo")
@@ -32,7 +32,9 @@ app = typer.Typer(
 app.add_typer(cli_data.app, name="data")
 app.add_typer(cli_checkpoint.app, name="checkpoint")
 app.command()(cli_submit.submit)
+app.command()(cli_replay.replay)
 cli_runs.add_to(app)
+app.command()(cli_sweep.sweep)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")]

@@ -1,6 +1,7 @@
 """One rank: `python -m launch.job RUN`, with RANK, WORLD_SIZE and the rest in the environment.
 
-Exit codes: 0 done, 2 the user's input, 3 stopped early with a valid checkpoint, 1 our fault, 4 lost a peer.
+Exit codes: 0 done, 2 the user's input, 3 stopped early with a valid checkpoint, 1 our fault, 4 lost a peer,
+5 hung: see `pretrain.watch`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from configs.errors import UserError
+from launch.early_stop import watching
 from launch.logs import rank_log, redirected, speaking
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 DONE, OUR_FAULT, USERS_INPUT, STOPPED = 0, 1, 2, 3
 LOST_PEER = 4
 """A rank's code where it ended because another one did. No command ends with it."""
+HUNG = 5
+"""A rank's code where it found itself standing still, and left so that the launcher can start again."""
 LAUNCHER = "KEEL_LAUNCHER"
 """Environment variable with the launcher's process id, without which a rank wouldn't want to live."""
 
@@ -46,18 +50,29 @@ class Outcome(NamedTuple):
     reason: StopReason | None = None  # why training ended, where it did so with a checkpoint
 
 
-def job(root: Path) -> Outcome:
-    """Train the prepared run in `root` as the rank that the environment names."""
+def hang_up() -> NoReturn:
+    """End this process at once, from whatever thread: nothing in it can be trusted to end by itself."""
+    os._exit(HUNG)
+
+
+def job(root: Path, hung: Callable[[], object] = hang_up) -> Outcome:
+    """Train the prepared run in `root` as the rank that the environment names.
+
+    `hung` is called from another thread where training stands still, after the log was told; it ends the
+    process.
+    """
     rank = int(os.environ.get("RANK", "0"))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # what NCCL did last, to be told when it hangs
     with redirected(rank_log(root / "logs", rank), show=rank == 0) as console:
         try:
             from pretrain.folder import RunFolder
             from pretrain.health import StopRequest
             from pretrain.run import train
 
-            with speaking(), stack_dumps(), listening(StopRequest()) as stop:
+            with speaking(), stack_dumps(), listening(StopRequest()) as stop, watching(root, stop, rank):
                 # Without a terminal, progress lines go the way of all output: log first, then console.
-                reason = train(RunFolder(root), stop, console if console and console.isatty() else sys.stderr)
+                shown = console if console and console.isatty() else sys.stderr
+                reason = train(RunFolder(root), stop, shown, abort=hung)
             return Outcome(DONE if reason == "done" else STOPPED, reason)
         except UserError as error:
             print(as_lines(error), file=sys.stderr)

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from configs.loading import load
-from launch.job import LAUNCHER, MEANING, OUR_FAULT, STOPPED, USERS_INPUT, job
+from launch.job import HUNG, LAUNCHER, LOST_PEER, MEANING, OUR_FAULT, STOPPED, USERS_INPUT, job
 from launch.logs import rank_log
 
 if TYPE_CHECKING:
@@ -39,30 +39,51 @@ def launch(folder: RunFolder, nproc: int) -> int:
     """Train the prepared run in `folder` with `nproc` ranks; gives the exit code.
 
     Output of rank 0 is shown, that of every rank lies in RUN/logs. Ctrl-C, SIGTERM and SIGUSR2 reach every
-    rank once and end the run with a checkpoint; a second Ctrl-C ends it at once.
+    rank once and end the run with a checkpoint; a second Ctrl-C ends it at once. Where a rank was killed or
+    hung, all are started again, `train.health.restarts` times at most; a single rank runs in this process,
+    and can't be.
     """
     if nproc == 1:
         return job(folder.root).code
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not listed in __all__
-
     from pretrain.config import RunConfig
+
+    config = load(folder.config_file, RunConfig)
+    left = config.train.health.restarts
+    while True:
+        code, again = _once(folder, nproc, config.run.threads)
+        if not again or not left:
+            return code
+        left -= 1
+        print(f"starting again from the newest checkpoint; {left} restarts are left", file=sys.stderr)
+
+
+def _once(folder: RunFolder, nproc: int, threads: int) -> tuple[int, bool]:
+    """One start of all ranks: the exit code, and whether another start may help."""
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not listed in __all__
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     shared = {
         "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": str(load(folder.config_file, RunConfig).run.threads),
+        "OMP_NUM_THREADS": str(threads),
         # Name resolution can take gloo 20 s where DNS doesn't answer; ranks of one machine don't need it.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }  # fmt: skip
     # -P: a folder named `configs` where the user stands must not hide ours.
     command = [sys.executable, "-P", "-m", "launch.job", str(folder.root)]
-    return supervise(command, nproc, folder.logs, shared)
+    return supervised(command, nproc, folder.logs, shared)
 
 
 def supervise(command: Sequence[str], nproc: int, logs: Path, environment: Mapping[str, str]) -> int:
     """Run `command` as `nproc` ranks until all have ended, leave no process behind, give the exit code."""
+    return supervised(command, nproc, logs, environment)[0]
+
+
+def supervised(
+    command: Sequence[str], nproc: int, logs: Path, environment: Mapping[str, str]
+) -> tuple[int, bool]:
+    """As `supervise`; also gives whether to start again: a rank was killed or hung, and not in error."""
     ranks = _start(command, nproc, environment)
     try:
         with _forwarding(ranks) as forwarded:
@@ -71,11 +92,12 @@ def supervise(command: Sequence[str], nproc: int, logs: Path, environment: Mappi
         for rank in ranks:
             rank.end()
     if forwarded.hurried:
-        return 128 + signal.SIGINT
+        return 128 + signal.SIGINT, False
     if first is None:
-        return max(rank.code for rank in ranks)
+        return max(rank.code for rank in ranks), False
     _report(first, ranks, logs)
-    return first.code if first.code == USERS_INPUT else OUR_FAULT
+    again = (first.code < 0 or first.code in (HUNG, LOST_PEER)) and not forwarded.asked
+    return first.code if first.code == USERS_INPUT else OUR_FAULT, again
 
 
 @dataclass
@@ -132,6 +154,7 @@ def _start(command: Sequence[str], nproc: int, environment: Mapping[str, str]) -
 
 @dataclass
 class _Forwarded:
+    asked: bool = False  # by any signal to leave
     interrupted: bool = False
     hurried: bool = False  # a second Ctrl-C
 
@@ -146,6 +169,7 @@ def _forwarding(ranks: Sequence[Rank]) -> Iterator[_Forwarded]:
             for rank in ranks:
                 rank.send(signal.SIGKILL)
             return
+        state.asked = True
         state.interrupted |= number == signal.SIGINT
         for rank in ranks:
             rank.send(number)
@@ -195,6 +219,8 @@ def _report(first: Rank, ranks: Sequence[Rank], logs: Path) -> None:
     if first.number != 0 or first.code < 0:
         print(*[f"  {line}" for line in lines[-SHOWN:]], sep="\n", file=sys.stderr)
     how = f"exit code {first.code}"
+    if first.code == HUNG:
+        how = "stood still"
     if first.code < 0:
         how = f"killed by {signal.Signals(-first.code).name}"
         how += ", perhaps for lack of memory" if first.code == -signal.SIGKILL else ""

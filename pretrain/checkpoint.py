@@ -24,8 +24,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import torch.distributed as dist
@@ -51,6 +52,8 @@ class CheckpointConfig(Config):
     every: Duration = Duration(10, "min")
     keep: int = pydantic.Field(3, ge=1)  # newest ones; older are removed, pinned ones aside
     keep_every: Duration | None = None  # the first of each such period stays for good
+    best: str | None = None  # "knn/top1": the best by this evaluation and figure is saved, and stays
+    best_is: Literal["highest", "lowest"] = "highest"
 
     @pydantic.field_validator("every", "keep_every")
     @classmethod
@@ -101,6 +104,19 @@ def latest(run_dir: Path) -> Path | None:
             "restore one, or remove the folder to start from nothing"
         )
     return None
+
+
+def at_step(run_dir: Path, step: int) -> Path:
+    """The newest checkpoint at `step`. Raises `RunError` where there is none, or it is damaged."""
+    there = published(run_dir)
+    found = next((one.path for one in there if one.step == step), None)
+    if found is None:
+        known = ", ".join(str(n) for n in sorted({one.step for one in there})) or "none"
+        raise RunError(f"{run_dir}: no checkpoint at step {step}; there are: {known}")
+    wrong = storage.damage(found)
+    if wrong is not None:
+        raise RunError(f"{wrong}; choose another step")
+    return found
 
 
 def read_extra(path: Path) -> dict[str, Any]:
@@ -206,6 +222,7 @@ class Checkpointer:
         self.keep_every = None if period is None else period.steps(batch_size, start.dataset_size)
         self.writing: _Writing | None = None
         self.wrote: float | None = None  # seconds the last write took
+        self.longest = self.stalled = 0.0  # seconds: a whole save, and the standstill of the last one
         from_main(self._prepare)
 
     def _prepare(self) -> None:
@@ -228,20 +245,28 @@ class Checkpointer:
         self.wait()
         self.agreement.settle()
 
-    def save(self, progress: Progress) -> None:
-        """Copy the state and begin to write it; collective. Does nothing at a step that is saved already."""
+    def save(self, progress: Progress, then: Callable[[str], None] | None = None) -> None:
+        """Copy the state and begin to write it; collective. Does nothing at a step that is saved already.
+
+        `then` is called on rank 0 with the checkpoint's name once it is published.
+        """
         self.clock.restart()
         if progress.step == self.saved:
+            self.wait()
+            if then is not None:
+                from_main(partial(self._tell_name, progress.step, then))
             return
         started = time.perf_counter()
         self.wait()
         staged = self.engine.stage(self.extra(progress))
         name = f"step-{progress.step:08d}-a{self.attempt:02d}"
         unfinished = self.folder / f"{_UNFINISHED}{name}"
-        self.writing = _Writing(staged, unfinished, lambda: self._publish(unfinished, self.folder / name))
+        publish = partial(self._publish, unfinished, self.folder / name, then)
+        self.writing = _Writing(staged, unfinished, publish)
         self.saved = progress.step
+        self.stalled = time.perf_counter() - started
         if self.tell is not None:
-            stall = {"checkpoint_stall": time.perf_counter() - started}
+            stall = {"checkpoint_stall": self.stalled}
             self.tell(progress, stall | ({} if self.wrote is None else {"checkpoint_write": self.wrote}))
 
     def wait(self) -> None:
@@ -255,15 +280,30 @@ class Checkpointer:
             shutil.rmtree(writing.directory, ignore_errors=True)
             raise
         self.wrote = writing.seconds
+        self.longest = max(self.longest, self.stalled + self.wrote)
         log.info("%s written in %.1f s", writing.directory.name.removeprefix(_UNFINISHED), self.wrote)
 
-    def _publish(self, unfinished: Path, path: Path) -> None:
+    def settle(self) -> None:
+        """Leave nothing under way where an attempt is given up but its ranks go on; collective."""
+        try:
+            self.wait()
+        except RunError as error:
+            log.warning("%s", error)
+        self.agreement.settle()
+
+    def _tell_name(self, step: int, then: Callable[[str], None]) -> None:
+        for name in [each.path.name for each in published(self.run_dir) if each.step == step][:1]:
+            then(name)
+
+    def _publish(self, unfinished: Path, path: Path, then: Callable[[str], None] | None = None) -> None:
         """On rank 0, in the writing thread."""
         newest = max((int(p.name[1:]) for p in (self.run_dir / ".attempts").glob("a*")), default=0)
         if newest > self.attempt:
             raise RunError(f"attempt {newest} has taken over; attempt {self.attempt} publishes nothing more")
         unfinished.rename(path)
         storage.flush_folder(self.folder)
+        if then is not None:
+            then(path.name)
         prune(self.run_dir, self.config.keep, self.keep_every)
 
 

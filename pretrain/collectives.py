@@ -184,3 +184,27 @@ class Agreement:
             self._pending.wait()
             self._pending = None
         return int(self._value.item())
+
+
+class MeanLater:
+    """One number a rank, their mean a step later; reduced like `Agreement`, and used the same way."""
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo") if ranks() > 1 else None
+        self._value: Tensor | None = None
+        self._pending: dist.Work | None = None
+
+    def exchange(self, value: float) -> float | None:
+        """Offer this rank's `value`; gives the mean of those offered the call before, at first None."""
+        mean = self.settle()
+        self._value = torch.tensor([value], dtype=torch.float64)
+        if self._group is not None:
+            self._pending = dist.all_reduce(self._value, group=self._group, async_op=True)
+        return mean
+
+    def settle(self) -> float | None:
+        """Wait for what is under way; gives the mean of the last offers."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        return None if self._value is None else float(self._value.item()) / ranks()

@@ -15,6 +15,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.engines.config import EngineConfig
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type
+from pretrain.health import HealthConfig
 from pretrain.optimizers import OptimizerConfig
 from pretrain.tracking import TrackConfig
 from pretrain.types import Duration, ObjectiveConfig
@@ -42,6 +43,15 @@ class TrainSection(EngineConfig):
     batch_size: int = pydantic.Field(gt=0)  # global: over all ranks and accumulation
     micro_batch_size: int | None = pydantic.Field(None, gt=0)  # of a rank; None: its whole share at once
     stop_after: Duration | None = None  # leave after this much in one go, as if the time limit had come
+    time_limit: Duration | None = None  # minutes: saved and gone before they are over, and to be resumed
+    health: HealthConfig = HealthConfig()
+
+    @pydantic.field_validator("time_limit")
+    @classmethod
+    def _minutes(cls, limit: Duration | None) -> Duration | None:
+        if limit is not None and (limit.unit != "min" or limit.amount == 0):
+            raise ValueError("a time limit is in minutes: say 90 min")
+        return limit
 
     @pydantic.field_validator("duration")
     @classmethod
@@ -97,7 +107,8 @@ MAY_CHANGE = (
     "run.dir", "run.threads", "data.workers", "data.prefetch", "data.manifest", "data.cache",
     "data.tokenizer.path",
     "data.max_broken", "train.micro_batch_size", "train.zero_stage", "train.activation_checkpointing",
-    "train.compile", "train.offload", "train.stop_after", "checkpoint", "evaluate", "track",
+    "train.compile", "train.offload", "train.stop_after", "train.time_limit",
+    "train.health", "checkpoint", "evaluate", "track",
 )  # fmt: skip
 """What a resumed run may change: how it runs, not what it computes. The manifest is compared by its hash."""
 

@@ -90,9 +90,18 @@ class RunFolder:
         write_atomically(self.state_file, json.dumps(state, indent=1) + "\n")
         return state
 
+    def newest_attempt(self) -> int:
+        """The highest number claimed so far, 0 where there is none."""
+        return max((int(p.name[1:]) for p in (self.root / ".attempts").glob("a*")), default=0)
+
+    def require_newest(self, attempt: int) -> None:
+        """Raises `RunError` where a newer attempt has taken over: this one must write nothing more."""
+        if (newest := self.newest_attempt()) > attempt:
+            raise RunError(f"attempt {newest} has taken over; attempt {attempt} writes nothing more")
+
     def claim_attempt(self) -> int:
         """The next attempt's number, which no other process can get: claimed by an exclusive create."""
-        number = 1 + max((int(p.name[1:]) for p in (self.root / ".attempts").glob("a*")), default=0)
+        number = 1 + self.newest_attempt()
         while True:
             try:
                 (self.root / ".attempts" / f"a{number:02d}").open("x").close()
@@ -140,7 +149,13 @@ class Heartbeat:
         if time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
             progress = report.progress
+            self.folder.require_newest(self.attempts[-1]["attempt"])
             self.folder.update_state(heartbeat=now(), step=progress.step, samples=progress.samples)
+
+    def end_attempt(self, reason: str) -> None:
+        """This attempt is given up, and the run isn't."""
+        self.attempts[-1] |= {"ended": now(), "reason": reason}
+        self.folder.update_state(heartbeat=now(), attempts=self.attempts)
 
     def finish(self, progress: Progress, reason: StopReason) -> None:
         self.attempts[-1] |= {"ended": now(), "reason": reason}

@@ -11,11 +11,11 @@ from torch import nn
 
 from configs import loading
 from configs.errors import RunError
-from data_pipeline.manifest import Manifest
+from data_pipeline.facts import facts_of
 from data_pipeline.types import ViewSpec
 from pretrain import checkpoint, encoders
 from pretrain.config import RunConfig
-from pretrain.engines.storage import damage, read_model
+from pretrain.engines.storage import read_model
 from pretrain.evaluators import schedule
 from pretrain.evaluators.subject import evaluation_view
 from pretrain.folder import RunFolder
@@ -85,7 +85,7 @@ def new_objective(config: RunConfig) -> Objective:
         context = BuildContext(
             encoder=encoders.build(config.encoder, image_size(config)),
             image_size=image_size(config),
-            dataset_size=Manifest.load(config.data.manifest).samples,
+            dataset_size=facts_of(config.data).samples,
             batch_size=config.train.batch_size,
             autocast=None,
         )
@@ -107,15 +107,7 @@ def _checkpoint(run: Path, step: int | None) -> tuple[RunFolder, Path]:
         if newest is None:
             raise RunError(f"{run}: has no valid checkpoint yet; train it on with keel train")
         return folder, newest
-    published = checkpoint.published(folder.root)
-    found = next((one.path for one in published if one.step == step), None)
-    if found is None:
-        known = ", ".join(str(n) for n in sorted({one.step for one in published})) or "none"
-        raise RunError(f"{run}: no checkpoint at step {step}; there are: {known}")
-    wrong = damage(found)
-    if wrong is not None:
-        raise RunError(f"{wrong}; choose another step")
-    return folder, found
+    return folder, checkpoint.at_step(folder.root, step)
 
 
 def _load(module: nn.Module, weights: dict[str, torch.Tensor], directory: Path) -> None:

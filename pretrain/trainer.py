@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.types import Batch
-from pretrain.health import SkippedUpdates, Stopping
+from pretrain.health import Health, Stopping
 from pretrain.types import (
     Engine,
     Listener,
@@ -31,27 +31,33 @@ class Trainer:
     accumulate: Callable[[Engine, Batch, Progress], LossOutput]
     schedule: Callable[[Progress], StepSettings]
     stopping: Stopping
-    skipped: SkippedUpdates
+    health: Health
     listeners: Sequence[Listener]
+    enter: Callable[[str], None] = lambda phase: None  # told what this rank does, for who watches it
 
     def fit(self, progress: Progress) -> tuple[Progress, StopReason]:
         """Train from `progress` to the end or until asked to stop; gives how far it came and why it left."""
         reason: StopReason = "done"
         for waited, batch in self._timed(progress):
             started = time.perf_counter()
+            self.enter("forward and backward")
             output = self.accumulate(self.engine, batch, progress)
+            busy = waited + time.perf_counter() - started
+            self.enter("optimizer step")
             settings = self.schedule(progress)
             update = self.engine.step(settings)
             progress = progress.consumed(self.batch_size)
 
-            if update is None:
-                self.skipped.skipped(progress)
-            else:
-                self.skipped.applied()
+            if update is not None:
                 progress = progress.applied()
                 self.objective.after_step(update, progress)
-                seconds = waited + time.perf_counter() - started
-                report = StepReport(progress, output, update, settings, waited, seconds)
+            seconds = waited + time.perf_counter() - started
+            self.enter("after the step")
+            if update is None:
+                self.health.skipped(progress)
+            else:
+                report = StepReport(progress, output, update, settings, waited, seconds, busy)
+                self.health.applied(report)
                 for listener in self.listeners:
                     listener.after_step(report)
 
@@ -71,5 +77,6 @@ class Trainer:
         batches = iter(self.batches)
         while True:
             started = time.perf_counter()
+            self.enter("waiting for data")
             batch = next(batches)
             yield time.perf_counter() - started, batch

@@ -289,9 +289,12 @@ class StepReport:
     settings: StepSettings
     data_wait: float  # seconds this rank waited for data
     seconds: float  # duration of the whole step
+    busy: float = 0.0  # of these, waiting for data and forward and backward: what this rank did by itself
 
 
-StopReason = Literal["done", "stop_after", "time_limit", "terminated", "preempted", "interrupted"]
+StopReason = Literal[
+    "done", "stop_after", "early_stop", "time_limit", "terminated", "preempted", "interrupted"
+]  # fmt: skip
 
 
 class Listener(Protocol):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import ConfigError
+from data_pipeline.tokenize import Tokenizer
 from data_pipeline.types import ViewSpec
 from pretrain import collectives, encoders
 from pretrain.evaluators.subject import EvaluatorConfig, Subject
@@ -60,16 +61,25 @@ class Evaluate:
         with self.look() as subject:
             scores = [evaluation.build()(subject) for evaluation in due]
         self.done |= {(progress.step, evaluation.title) for evaluation in due}
-        if collectives.rank() == 0:
-            for score in scores:
-                write(self.record, progress, score)
-                if self.tell is not None:
-                    self.tell(progress, score)
+        # Nobody goes on before rank 0 is done: the others would seem to hang in their next step.
+        collectives.from_main(lambda: self._tell(progress, scores))
+
+    def _tell(self, progress: Progress, scores: Sequence[Scores]) -> None:
+        for score in scores:
+            write(self.record, progress, score)
+            if self.tell is not None:
+                self.tell(progress, score)
 
 
 @contextmanager
 def trained_subject(
-    engine: Engine, *, view: ViewSpec, pooling: encoders.Pooling, batch_size: int = 256, workers: int = 0
+    engine: Engine,
+    *,
+    view: ViewSpec,
+    pooling: encoders.Pooling,
+    tokenizer: Tokenizer | None = None,
+    batch_size: int = 256,
+    workers: int = 0,
 ) -> Iterator[Subject]:
     """The model an engine is training, every parameter whole, as evaluators see it."""
     with engine.whole_parameters() as objective:
@@ -82,6 +92,7 @@ def trained_subject(
             objective=objective,
             batch_size=batch_size,
             workers=workers,
+            tokenizer=tokenizer,
         )
 
 

@@ -23,7 +23,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable
     """Call `job` with `train` replaced by a function of the stop request."""
 
     def call(body: Callable[[StopRequest], Any]) -> int:
-        monkeypatch.setattr(run, "train", lambda folder, stop, console: body(stop))
+        monkeypatch.setattr(run, "train", lambda folder, stop, console, **outside: body(stop))
         return job(tmp_path).code
 
     return call

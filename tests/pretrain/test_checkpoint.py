@@ -345,7 +345,7 @@ def test_a_stale_incarnation_publishes_nothing(tmp_path: Path) -> None:
 def test_a_stale_incarnation_past_the_check_finds_its_folder_gone(tmp_path: Path) -> None:
     stale = checkpointer(tmp_path, attempt=1)
 
-    def publish_late(unfinished: Path, path: Path) -> None:
+    def publish_late(unfinished: Path, path: Path, then: object) -> None:
         checkpoint.sweep(tmp_path, attempt=2)  # what attempt 2 does after its claim, before it chooses
         unfinished.rename(path)
 

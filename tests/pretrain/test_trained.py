@@ -31,10 +31,10 @@ Ranks = Callable[..., list[Any]]
 
 def train_and_tell(root: str) -> dict[str, Tensor]:
     """Train on this rank; gives what an encoder with the run's last weights computes, on rank 0's terms."""
-    from pretrain import run
+    from pretrain.trainer import Trainer
 
     kept: dict[str, Any] = {}
-    whole = run.Trainer.fit
+    whole = Trainer.fit
 
     def fit(self: Any, progress: Any) -> Any:
         result = whole(self, progress)
@@ -44,11 +44,11 @@ def train_and_tell(root: str) -> dict[str, Tensor]:
             )
         return result
 
-    run.Trainer.fit = fit  # type: ignore[method-assign]
+    Trainer.fit = fit  # type: ignore[method-assign]
     try:
         train(RunFolder(Path(root)), StopRequest())
     finally:
-        run.Trainer.fit = whole  # type: ignore[method-assign]
+        Trainer.fit = whole  # type: ignore[method-assign]
     return kept
 
 

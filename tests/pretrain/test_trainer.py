@@ -7,10 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from configs.errors import RunError
 from data_pipeline.types import Batch
 from pretrain.accumulation import SumOfMicroBatches
-from pretrain.health import SkippedUpdates, Stopping, StopRequest
+from pretrain.health import Health, HealthConfig, Stopping, StopRequest, TroubleError
 from pretrain.trainer import Trainer
 from pretrain.types import Duration, LossOutput, Progress, StepReport, StepSettings, StopReason, Update
 
@@ -96,7 +95,7 @@ def fit(
         accumulate=SumOfMicroBatches(objective, micro, lambda batch: batch),
         schedule=lambda progress: StepSettings(lr=progress.fraction, weight_decay=0.0),
         stopping=Stopping(request or StopRequest(), Alone(), stop_after, progress, BATCH),
-        skipped=SkippedUpdates(3),
+        health=Health(HealthConfig(not_finite=3), BATCH),
         listeners=[recorder],
     )
     end, reason = trainer.fit(progress)
@@ -121,8 +120,8 @@ def test_a_skipped_update_consumes_data_and_nothing_else() -> None:
     assert [r.settings.lr for r in recorder.reports] == [0, 1 / 3, 2 / 3]
 
 
-def test_nothing_but_skips_ends_in_one_line() -> None:
-    with pytest.raises(RunError, match="3 batches in a row"):
+def test_nothing_but_skips_is_trouble() -> None:
+    with pytest.raises(TroubleError, match="not_finite after step 1, samples 8 to 32"):
         fit(total=9, skip=frozenset(range(1, 9)))
 
 

@@ -1,0 +1,62 @@
+"""A run's config with the facts of its data: all that can be known before a process group starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from data_pipeline.facts import Facts, facts_of
+from data_pipeline.types import ViewSpec
+from pretrain import encoders
+from pretrain.config import RunConfig
+from pretrain.types import BuildContext, Objective, Progress
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a config comes to with its data."""
+
+    config: RunConfig
+    data: Facts
+    image_size: tuple[int, int]
+    total_steps: int
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Plan:
+        """Raises `UserError` where a manifest or a tokenizer can't be used."""
+        data = facts_of(config.data)
+        size = config.data.image_size
+        return cls(
+            config=config,
+            data=data,
+            image_size=size if isinstance(size, tuple) else (size, size),
+            total_steps=config.train.duration.steps(config.train.batch_size, data.samples),
+        )
+
+    @property
+    def samples(self) -> int:
+        """Size of one epoch: of all sources together."""
+        return self.data.samples
+
+    @property
+    def views(self) -> Sequence[ViewSpec]:
+        return self.config.objective.views(self.image_size)
+
+    def start(self) -> Progress:
+        return Progress(0, 0, self.total_steps, self.samples)
+
+    def objective(self, world_size: int = 1) -> Objective:
+        """The objective with random weights, from torch's current generator and on its current device."""
+        config, tokenizer = self.config, self.data.tokenizer
+        context = BuildContext(
+            encoder=encoders.build(config.encoder, self.image_size),
+            image_size=self.image_size,
+            dataset_size=self.samples,
+            batch_size=config.train.batch_size,
+            autocast=config.train.autocast,
+            world_size=world_size,
+            accumulation=config.micro_batch(world_size)[1],
+            vocabulary=tokenizer.vocabulary if tokenizer else None,
+            text_length=tokenizer.context if tokenizer else None,
+        )
+        return config.objective.build(context)
