@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from data_pipeline.manifest import Manifest
+from data_pipeline.tokenize import open_tokenizer
 from pretrain import encoders, trained
 from pretrain.evaluators.schedule import refuse_equal_names
 from pretrain.evaluators.subject import EvaluatorConfig, Subject
@@ -46,9 +48,7 @@ def evaluate(
 
     where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     judged = subject(source, step=step, device=where)
-    judged = Subject(
-        judged.encoder, judged.encode, judged.view, where, judged.objective, batch_size, workers, advance
-    )
+    judged = replace(judged, batch_size=batch_size, workers=workers, advance=advance)
     return [evaluation.build()(judged) for evaluation in evaluations]
 
 
@@ -59,13 +59,18 @@ def subject(source: str, *, step: int | None = None, device: torch.device) -> Su
         encoder.to(device)
         return Subject(encoder, encoder, view, device)
     model = trained.read(Path(source), step)
-    if model.config.data.manifest.is_file():
+    manifest = model.config.data.manifest
+    if manifest is None or manifest.is_file():
         objective = trained.read_objective(model).to(device)
         encoder = objective.encoder
     else:
         objective, encoder = None, model.encoder.to(device)
     encode = partial(encoders.features, encoder, pooling=model.config.encoder.pooling)
-    return Subject(encoder, encode, model.view, device, objective)
+    tokenizer = model.config.data.tokenizer
+    return Subject(
+        encoder, encode, model.view, device, objective,
+        tokenizer=open_tokenizer(tokenizer) if tokenizer and objective else None,
+    )  # fmt: skip
 
 
 def _samples(evaluations: Sequence[EvaluatorConfig]) -> int:

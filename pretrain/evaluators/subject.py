@@ -20,6 +20,7 @@ from configs.loading import Config
 from data_pipeline.load import sequential
 from data_pipeline.manifest import Manifest
 from data_pipeline.read import LABEL_FIELDS
+from data_pipeline.tokenize import Tokenizer
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
 from pretrain import collectives
@@ -45,6 +46,7 @@ class Subject:
     batch_size: int = 256
     workers: int = 0
     advance: Advance | None = None
+    tokenizer: Tokenizer | None = None  # of the run's captions, where it has any
     _seen: dict[Path, Features] = field(default_factory=dict, repr=False, compare=False)
 
     def features(self, manifest: Path) -> Features:
@@ -160,6 +162,12 @@ class EvaluatorConfig(Config, ABC):
         """The same with absolute paths, so that it means the same from any working directory."""
         labelled = None if self.labelled is None else self.labelled.expanduser().absolute()
         return self.model_copy(update={"data": self.data.expanduser().absolute(), "labelled": labelled})
+
+    def require_possible(self, objective: nn.Module) -> None:
+        """Refuse a run whose objective can't be judged so, before it starts. Raises `ConfigError`.
+
+        `objective` may be on the meta device.
+        """
 
     @abstractmethod
     def build(self) -> Evaluator: ...

@@ -1,0 +1,184 @@
+"""Zero-shot classification: an image belongs to the class whose name, put into sentences, is nearest to it.
+
+Radford et al. 2021 (arXiv:2103.00020 §3.1): each class is the mean of its prompts' unit embeddings, made unit
+again. For models that embed images and texts alike; nothing is trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, Self, runtime_checkable
+
+import pydantic
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from configs.errors import ConfigError, DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.read import LABEL_FIELDS
+from data_pipeline.tokenize import Tokenizer
+from data_pipeline.types import Batch
+from pretrain import collectives
+from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject, mean_over_set
+from pretrain.types import Scores
+
+
+@runtime_checkable
+class ImageText(Protocol):
+    """An objective that puts images and texts into one space."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised float32 -> (B, D) float32 of unit length."""
+
+    def embed_texts(self, tokens: Tensor) -> Tensor:
+        """(B, L) int64 -> (B, D) float32 of unit length."""
+
+
+class ZeroShotConfig(EvaluatorConfig):
+    """Prompts, and names for the classes. `data` is judged; of a folder with train and val, val."""
+
+    kind: str = "zero_shot"
+    templates: tuple[str, ...] | Path = ("a photo of a {}.",)  # with {} for the name; or a file, one a line
+    classes: Path | None = None  # a JSON list or a line for each label; None: as the manifest names them
+
+    @pydantic.field_validator("templates")
+    @classmethod
+    def _with_a_place(cls, templates: tuple[str, ...] | Path) -> tuple[str, ...] | Path:
+        if not isinstance(templates, Path):
+            _require_places(templates)
+        return templates
+
+    def manifests(self) -> list[Path]:
+        """The judged one: nothing is learnt from labels."""
+        return super().manifests()[-1:]
+
+    def placed(self) -> Self:
+        """The same with absolute paths."""
+        update = {
+            name: path.expanduser().absolute()
+            for name in ("templates", "classes")
+            if isinstance(path := getattr(self, name), Path)
+        }
+        return super().placed().model_copy(update=update)
+
+    def require_possible(self, objective: nn.Module) -> None:
+        """Refuse an objective without a text tower. Raises `ConfigError`."""
+        image_text(objective, self.title)
+
+    def build(self) -> Evaluator:
+        return ZeroShot(self)
+
+    def prompts(self) -> Sequence[str]:
+        """Raises `ConfigError` where the file can't be read or a line has no place for the name."""
+        if not isinstance(self.templates, Path):
+            return self.templates
+        lines = _read(self.templates, f"evaluate.{self.title}.templates").splitlines()
+        found = [line.strip() for line in lines if line.strip()]
+        try:
+            _require_places(found)
+        except ValueError as error:
+            raise ConfigError(f"evaluate.{self.title}.templates: {self.templates}: {error}") from None
+        return found
+
+    def names(self, manifest: Manifest) -> Sequence[str]:
+        """What each label is called. Raises `ConfigError` or `DataError`."""
+        if self.classes is None:
+            if not manifest.classes:
+                raise DataError(
+                    f"{manifest.directory}: its manifest names no classes; give "
+                    f"evaluate.{self.title}.classes a file with a name for each label"
+                )
+            return manifest.classes
+        where = f"evaluate.{self.title}.classes"
+        text = _read(self.classes, where)
+        if self.classes.suffix != ".json":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        try:
+            names = json.loads(text)
+        except ValueError:
+            raise ConfigError(f"{where}: {self.classes}: isn't JSON") from None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"{where}: {self.classes}: has to be a list of names, the first of label 0")
+        return names
+
+
+def _require_places(templates: Sequence[str]) -> None:
+    wrong = next((template for template in templates if template.count("{}") != 1), None)
+    if wrong is not None or not templates:
+        raise ValueError(f"found {wrong!r}; each template has one {{}} where the name goes")
+
+
+def _read(path: Path, where: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else "isn't UTF-8"
+        raise ConfigError(f"{where}: {path}: can't be read: {told}") from error
+
+
+def image_text(objective: nn.Module | None, title: str) -> ImageText:
+    """`objective` as what embeds images and texts. Raises `ConfigError` where it doesn't."""
+    if not isinstance(objective, ImageText):
+        raise ConfigError(
+            f"evaluate.{title}: needs a run whose objective embeds images and texts, such as clip; "
+            "judge an encoder alone by knn, few_shot or linear"
+        )
+    return objective
+
+
+def text_embeddings(subject: Subject, texts: Sequence[str], title: str) -> Tensor:
+    """(N, D) float32 of unit length, on every rank; collective: each rank embeds its part of them."""
+    objective, tokenizer = image_text(subject.objective, title), require_tokenizer(subject, title)
+    rank, size = collectives.rank(), collectives.ranks()
+    own = texts[len(texts) * rank // size : len(texts) * (rank + 1) // size]
+    with subject.looking():
+        # A rank without a text still has to know the width: it embeds one and keeps none.
+        tokens = torch.from_numpy(tokenizer.encode_all(own or texts[:1])).to(subject.device)
+        parts = [objective.embed_texts(part) for part in torch.split(tokens, subject.batch_size)]
+    return collectives.gather_uneven(torch.cat(parts)[: len(own)])
+
+
+def require_tokenizer(subject: Subject, title: str) -> Tokenizer:
+    """The tokenizer the text tower was trained with."""
+    if subject.tokenizer is None:
+        raise ConfigError(f"evaluate.{title}: the run's data.tokenizer is missing")
+    return subject.tokenizer
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    config: ZeroShotConfig
+
+    def __call__(self, subject: Subject) -> Scores:
+        title, [path] = self.config.title, self.config.manifests()
+        objective, manifest = image_text(subject.objective, title), Manifest.load(path)
+        if not set(LABEL_FIELDS) & set(manifest.fields):
+            raise DataError(f"{path}: has no class labels, which {title} needs")
+        names, templates = self.config.names(manifest), self.config.prompts()
+        classes = self.class_embeddings(subject, names, templates)
+
+        def judge(batch: Batch) -> dict[str, Tensor]:
+            assert batch.target is not None
+            if int(batch.target.max()) >= len(names):
+                raise DataError(
+                    f"{path}: has label {int(batch.target.max())}, but only {len(names)} classes are named"
+                )
+            ranking = (objective.embed_images(batch.views[0]) @ classes.T).topk(min(5, len(names))).indices
+            right = ranking == batch.target[:, None]
+            found = {"top1": 100.0 * right[:, 0].float().mean()}
+            if len(names) > 5:
+                found["top5"] = 100.0 * right.any(dim=1).float().mean()
+            return found
+
+        values = mean_over_set(subject, path, judge)
+        return Scores(title, values, {"classes": len(names), "templates": len(templates)})
+
+    def class_embeddings(self, subject: Subject, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """(C, D) float32 of unit length: the mean over templates, of units, made unit again."""
+        texts = [template.replace("{}", name) for name in names for template in templates]
+        embedded = text_embeddings(subject, texts, self.config.title)
+        return functional.normalize(embedded.view(len(names), len(templates), -1).mean(dim=1), dim=1)
