@@ -1,0 +1,41 @@
+"""A few samples of a set as a small set of its own: what few-shot learning trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.indexing import add_shard
+from data_pipeline.manifest import Manifest
+from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader
+from data_pipeline.shards import write_shard
+
+
+def write_subset(manifest: Manifest, chosen: Sequence[int], to: Path) -> Manifest:
+    """Copy the `chosen` samples (numbers in the manifest's order), images and labels, into one shard in `to`.
+
+    `to` is made where missing. Raises `DataError` where a sample can't be read.
+    """
+    to.mkdir(parents=True, exist_ok=True)
+    path = to / "shard-000000.tar"
+    write_shard(path, _samples(manifest, chosen))
+    made = add_shard(to, path, path.name)
+    about = {"subset": manifest.hash, "samples": len(chosen)}
+    subset = Manifest(to, (made.shard,), tuple(made.fields), manifest.classes, about)
+    subset.save()
+    return subset
+
+
+def _samples(manifest: Manifest, chosen: Sequence[int]) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    ends = np.cumsum(manifest.sizes)
+    reader = Reader(manifest)
+    try:
+        for number, index in enumerate(chosen):
+            shard = int(np.searchsorted(ends, index, side="right"))
+            sample = int(index - (ends[shard] - manifest.sizes[shard]))
+            fields = reader.read(shard, sample, [IMAGE_FIELDS, LABEL_FIELDS])
+            yield f"{number:08d}", dict(fields)
+    finally:
+        reader.close()
