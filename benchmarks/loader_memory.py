@@ -17,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import simplejpeg
 
+from data_pipeline.config import DataConfig
 from data_pipeline.indexing import add_shard
-from data_pipeline.load import DataConfig, build_loader
+from data_pipeline.load import build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.shards import write_shard
 from data_pipeline.types import RandomResizedCrop, ViewSpec

@@ -66,7 +66,8 @@ def mosaicml() -> Any:
 
 
 def keel(folder: Path, resize: str = "exact") -> Iterator[int]:
-    from data_pipeline.load import DataConfig, build_loader
+    from data_pipeline.config import DataConfig
+    from data_pipeline.load import build_loader
     from data_pipeline.types import RandomResizedCrop, ViewSpec
 
     config = DataConfig.model_validate(
@@ -207,7 +208,8 @@ def _pictures(folder: str, known: dict[str, list[bytes]] = {}) -> list[bytes]:  
 
 def keel_raw(folder: Path) -> Iterator[int]:
     """Samples in the run's order out of the index, every checksum verified; no decode, one process."""
-    from data_pipeline.load import DataConfig, make_plan
+    from data_pipeline.config import DataConfig
+    from data_pipeline.facts import make_plan
     from data_pipeline.manifest import Manifest
     from data_pipeline.read import Reader
 

@@ -17,7 +17,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Draws
 from data_pipeline.quarantine import Broken
 from data_pipeline.randomness import Purpose
-from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader, SampleError
+from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader, SampleError, label_in
 from data_pipeline.transform import WorkerHalf
 from data_pipeline.types import Batch, ViewSpec
 
@@ -176,12 +176,9 @@ class Assembler:
                 found += texts(place, payloads[place.field])
         return drawn(found, chance)
 
-    def _label(self, source: int, text: bytes) -> int:
-        shown = text[:40].decode(errors="replace").strip()
-        if not shown.lstrip("-").isdecimal():
-            raise ValueError(f"a label is a whole number, found {shown!r}")
-        label, classes = int(shown), self.job.manifests[source].classes
-        if label < 0 or (classes and label >= len(classes)):
+    def _label(self, source: int, payload: bytes) -> int:
+        label, classes = label_in(payload), self.job.manifests[source].classes
+        if classes and label >= len(classes):
             raise ValueError(f"label {label}, but the manifest has {len(classes)} classes")
         return label
 

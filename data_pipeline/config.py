@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from configs.errors import ConfigError
 from configs.loading import Config
 from data_pipeline.cache import CacheConfig
 from data_pipeline.decode import MAX_PIXELS
 from data_pipeline.demo import DemoConfig
+from data_pipeline.stream import StreamConfig
 from data_pipeline.tokenize import TokenizerConfig
 
 _SIDES = "a side or [height, width], in pixels"
@@ -25,9 +27,13 @@ class SourceConfig(Config):
 
 
 class DataConfig(Config):
-    """YAML key `data`. Sources, `streams` and `window` fix the order of samples: no change within a run."""
+    """YAML key `data`. Sources, `streams` and `window` fix the order of samples: no change within a run.
 
-    manifest: Path
+    Either `manifest` or `stream`.
+    """
+
+    manifest: Path | None = None
+    stream: StreamConfig | None = None  # unindexed tars, with a weaker guarantee: see the module `stream`
     weight: PositiveFloat = 1.0  # of the manifest, against those in `also`
     max_epochs: PositiveFloat | None = None
     also: tuple[SourceConfig, ...] = ()
@@ -44,9 +50,30 @@ class DataConfig(Config):
     resize: Literal["exact", "fast"] = "exact"  # fast: OpenCV's bilinear without antialiasing
     cache: CacheConfig | None = None  # needed for shards behind URLs
 
+    @model_validator(mode="after")
+    def _one_kind(self) -> DataConfig:
+        if (self.manifest is None) == (self.stream is None):
+            raise ValueError("set one of manifest (indexed shards: keel data index) and stream (others)")
+        indexed = {"also": self.also, "demo": self.demo, "max_epochs": self.max_epochs, "cache": self.cache}
+        for name, value in indexed.items():
+            if self.stream is not None and value:
+                raise ValueError(
+                    f"{name} is for indexed shards and has no meaning beside stream; leave it out"
+                )
+        return self
+
+    @property
+    def first_manifest(self) -> Path:
+        """`manifest`, where it can't be done without. Raises `ConfigError` in stream mode."""
+        if self.manifest is None:
+            raise ConfigError("data.manifest: is missing, and data.stream can't stand in for it here; set it")
+        return self.manifest
+
     @property
     def sources(self) -> tuple[SourceConfig, ...]:
-        """All data sets, the manifest first."""
+        """All data sets, the manifest first; none in stream mode."""
+        if self.manifest is None:
+            return ()
         first = SourceConfig(manifest=self.manifest, weight=self.weight, max_epochs=self.max_epochs)
         return (first, *self.also)
 
@@ -58,6 +85,5 @@ class DataConfig(Config):
 
         also = tuple(one.model_copy(update={"manifest": absolute(one.manifest)}) for one in self.also)
         tokenizer = self.tokenizer.placed() if self.tokenizer else None
-        return self.model_copy(
-            update={"manifest": absolute(self.manifest), "also": also, "tokenizer": tokenizer}
-        )
+        manifest = absolute(self.manifest) if self.manifest else None
+        return self.model_copy(update={"manifest": manifest, "also": also, "tokenizer": tokenizer})

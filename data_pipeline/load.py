@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,17 +18,16 @@ import torch
 
 from configs.errors import ConfigError, DataError
 from data_pipeline.assemble import Assembler, Buffers, Job
-from data_pipeline.cache import Ahead, CacheConfig, check_size
-from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.cache import Ahead, CacheConfig
+from data_pipeline.config import DataConfig
 from data_pipeline.facts import Facts, facts_of
 from data_pipeline.manifest import Manifest
-from data_pipeline.plan import Draws, Plan
+from data_pipeline.plan import Draws, Plan, over_cap
 from data_pipeline.pool import WorkerPool
 from data_pipeline.quarantine import Broken, Quarantine
 from data_pipeline.read import LABEL_FIELDS
+from data_pipeline.stream import StreamLoader
 from data_pipeline.types import Batch, ViewSpec
-
-__all__ = ["DataConfig", "Loader", "SourceConfig", "build_loader", "make_plan", "over_cap", "sequential"]
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def build_loader(
     world_size: int,
     position: int,
     quarantine: Path | None = None,
-) -> Loader:
+) -> Loader | StreamLoader:
     """The loader of rank `rank` of `world_size`, going on at `position` samples consumed (any integer >= 0).
 
     `needs`: batch fields. `batch_size`: samples of the global batch, a multiple of `world_size`.
@@ -56,32 +56,41 @@ def build_loader(
             f"train.batch_size: found {batch_size}; it has to be a multiple of the {world_size} ranks"
         )
     facts = facts_of(config)
-    plan = make_plan(config, facts.manifests, seed)
-    check_size(config.cache, facts.manifests, [order.shards_in_window() for order in plan.orders])
-    job = _job(facts, views, needs, config)
+    facts.require(needs, world_size=world_size, seed=seed)
+    job, watched = _job(facts, views, needs), Quarantine(quarantine, config.max_broken)
+    place = {"batch_size": batch_size, "rank": rank, "world_size": world_size, "position": position}
+    if config.stream is not None:
+        return StreamLoader(config.stream, job, config.captions, seed=seed, quarantine=watched, **place)
+    plan = facts.plan(seed)
+    if rank == 0:
+        _say_who_shares_shards(plan, batch_size, world_size, _nodes(world_size))
     return Loader(
         plan,
         job,
-        batch_size=batch_size,
-        rank=rank,
-        world_size=world_size,
-        position=position,
         workers=config.workers,
         prefetch=config.prefetch,
         caps=[source.max_epochs for source in config.sources],
-        quarantine=Quarantine(quarantine, config.max_broken),
+        quarantine=watched,
+        **place,
     )
 
 
-def make_plan(config: DataConfig, manifests: Sequence[Manifest], seed: int) -> Plan:
-    """The order of a run's data: what the loader follows and an audit replays."""
-    return Plan(
-        [manifest.sizes for manifest in manifests],
-        seed=seed,
-        streams=config.streams,
-        window=config.window,
-        weights=[source.weight for source in config.sources],
-    )
+def _nodes(world_size: int) -> int:
+    """As the launcher tells each rank."""
+    return max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
+
+
+def _say_who_shares_shards(plan: Plan, batch_size: int, world_size: int, nodes: int) -> None:
+    """A word where counts don't divide: the samples are the same, but more shards are read and cached."""
+    who, parts = ("node", nodes) if nodes > 1 else ("rank", world_size)
+    for order in plan.orders if parts > 1 else ():
+        if order.streams % parts or batch_size % order.streams or len(plan.orders) > 1:
+            log.info(
+                "data.streams: %d streams, a batch of %d and %d sources don't divide evenly among %d %ss: "
+                "some shards are read by more than one %s",
+                *(order.streams, batch_size, len(plan.orders), parts, who, who),
+            )
+            return
 
 
 class Loader:
@@ -178,16 +187,6 @@ class Loader:
             self._ahead += self._batch_size
 
 
-def over_cap(plan: Plan, caps: Sequence[float | None], position: int) -> int | None:
-    """The first source that `position` samples repeat beyond its cap, to be refused before training."""
-    if not any(caps):
-        return None
-    for number, (cap, count, order) in enumerate(zip(caps, plan.counts(position), plan.orders, strict=True)):
-        if cap is not None and count > cap * order.samples:
-            return number
-    return None
-
-
 def sequential(
     manifest: str | Path | Manifest,
     view: ViewSpec,
@@ -232,8 +231,8 @@ def _in_order(manifest: Manifest, start: int, stop: int) -> Draws:
     return Draws(zeros, zeros, shard, sample, index, index)
 
 
-def _job(facts: Facts, views: Sequence[ViewSpec], needs: frozenset[str], config: DataConfig) -> Job:
-    facts.require(needs)
+def _job(facts: Facts, views: Sequence[ViewSpec], needs: frozenset[str]) -> Job:
+    config = facts.config
     if config.resize == "fast" and importlib.util.find_spec("cv2") is None:
         raise ConfigError("data.resize: fast needs OpenCV; install opencv-python-headless, or set exact")
     return Job(

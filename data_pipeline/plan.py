@@ -102,3 +102,13 @@ class Plan:
             index[mine] = self._starts[number][places.shard] + places.sample
         seed = sample_seed(self.seed, epoch, source, index)
         return Draws(source, epoch, shard, sample, index + self._first_index[source], seed)
+
+
+def over_cap(plan: Plan, caps: Sequence[float | None], position: int) -> int | None:
+    """The first source that `position` samples repeat beyond its cap, to be refused before training."""
+    if not any(caps):
+        return None
+    for number, (cap, count, order) in enumerate(zip(caps, plan.counts(position), plan.orders, strict=True)):
+        if cap is not None and count > cap * order.samples:
+            return number
+    return None

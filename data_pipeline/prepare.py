@@ -33,19 +33,18 @@ def make_missing(config: DataConfig, progress: Progress | None = None) -> None:
     """
     if config.demo is None:
         return
-    if not config.manifest.is_file():
-        split = config.manifest.parent
-        if config.manifest.name != "manifest.json" or split.name not in ("train", "val"):
-            raise ConfigError(
-                f"data.manifest: demo data lie in DIR/train/manifest.json, found {config.manifest}"
-            )
+    manifest = config.first_manifest
+    if not manifest.is_file():
+        split = manifest.parent
+        if manifest.name != "manifest.json" or split.name not in ("train", "val"):
+            raise ConfigError(f"data.manifest: demo data lie in DIR/train/manifest.json, found {manifest}")
         with _placed("data.manifest: demo data", split.parent):
             demo.make(config.demo, split.parent, progress=progress)
     wanted = config.tokenizer
     if wanted is not None and wanted.path != "openai" and not wanted.path.is_file():
         with _placed("data.tokenizer.path: a tokenizer", wanted.path.parent):
             vocabulary = wanted.vocabulary or _VOCABULARY
-            make_tokenizer(Manifest.load(config.manifest), wanted.path, vocabulary, names=config.captions)
+            make_tokenizer(Manifest.load(manifest), wanted.path, vocabulary, names=config.captions)
 
 
 @contextmanager

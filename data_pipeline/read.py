@@ -30,6 +30,17 @@ _RELOCATIONS = 5
 _HUGE = 256 << 20  # bytes in one field beyond which it isn't read
 
 
+def label_in(payload: bytes) -> int:
+    """The class number that a label field holds. Raises ValueError that says what is wrong."""
+    shown = payload[:40].decode(errors="replace").strip()
+    if not shown.lstrip("-").isdecimal():
+        raise ValueError(f"a label is a whole number, found {shown!r}")
+    label = int(shown)
+    if label < 0:
+        raise ValueError(f"a label is at least 0, found {label}")
+    return label
+
+
 class ShardError(DataError):
     """A whole shard can't be used: missing, truncated, changed, or out of reach."""
 

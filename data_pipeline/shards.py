@@ -44,9 +44,9 @@ def check_key(key: str) -> None:
 
 
 def read_stream(
-    urls: Sequence[str], *, shuffle: int, seed: int, rank: int, world_size: int, allow_shell: bool
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Samples of unindexed tars, for ever, through webdataset's own reader: (key, field -> bytes).
+    urls: Sequence[str], *, shuffle: int, seed: int, allow_shell: bool
+) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+    """Samples of unindexed tars, for ever, through webdataset's own reader: (shard, key, field -> bytes).
 
     Nothing is decoded here, so no pickle in a shard is ever opened. `pipe:` names run a shell command and
     need `allow_shell`. Raises `DataError`.
@@ -54,15 +54,19 @@ def read_stream(
     commands = [url for url in urls if url.startswith("pipe:")]
     if commands and not allow_shell:
         raise DataError(f"{commands[0]!r}: runs a shell command; set allow_shell to permit it")
-    mine = list(urls)[rank::world_size]
-    if not mine:
-        raise DataError(f"{len(urls)} streamed shards for {world_size} ranks: every rank needs at least one")
     data = webdataset.WebDataset(
-        mine, nodesplitter=None, workersplitter=None, shardshuffle=False, detshuffle=True, seed=seed
-    )
+        list(urls), nodesplitter=None, workersplitter=None, shardshuffle=False, empty_check=False
+    ).shuffle(shuffle, rng=random.Random(seed))
+    count, before = 0, -1
     try:
-        for sample in data.shuffle(shuffle, rng=random.Random(seed)).repeat():
-            fields = {name: value for name, value in sample.items() if not name.startswith("__")}
-            yield str(sample["__key__"]), fields
+        while count > before:
+            before = count
+            for sample in data:
+                count += 1
+                fields = {name: value for name, value in sample.items() if not name.startswith("__")}
+                yield str(sample.get("__url__", urls[0])), str(sample["__key__"]), fields
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
-        raise DataError(f"{mine[0]} and following: can't be streamed: {error}") from error
+        raise DataError(
+            f"{urls[0]} and following: can't be streamed: {' '.join(str(error).split())}"
+        ) from error
+    raise DataError(f"{urls[0]} and following: can't be streamed: no sample in any of them")

@@ -36,7 +36,7 @@ def contact_sheet(
     The samples are those from `position` on of a run with this seed, with exactly its pixels. Raises
     `DataError`.
     """
-    manifest = Manifest.load(config.manifest)
+    manifest = Manifest.load(config.first_manifest)
     one_process = config.model_copy(update={"workers": 0})
     with build_loader(
         one_process, views, needs=frozenset({"views", "index"}), seed=seed, batch_size=count,

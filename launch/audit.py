@@ -8,8 +8,7 @@ from pathlib import Path
 from configs.errors import RunError
 from configs.loading import load
 from data_pipeline.audit import SourceAudit, audit
-from data_pipeline.load import make_plan
-from data_pipeline.manifest import Manifest
+from data_pipeline.facts import facts_of
 from data_pipeline.parallel import Progress
 from data_pipeline.quarantine import quarantined
 from pretrain.config import RunConfig
@@ -21,9 +20,11 @@ def audit_run(run: Path, progress: Progress | None = None) -> list[SourceAudit]:
         raise RunError(f"{run}: not a run folder: it has no config.yaml")
     config = load(run / "config.yaml", RunConfig)
     row = _last_row(run / "metrics.jsonl")
-    manifests = [Manifest.load(source.manifest) for source in config.data.sources]
-    plan = make_plan(config.data, manifests, config.run.seed)
-    names = [str(manifest.path) for manifest in manifests]
+    facts = facts_of(config.data.model_copy(update={"tokenizer": None}))
+    if config.data.stream is not None:
+        raise RunError(f"{run}: was trained on data.stream, which has no order that could be replayed")
+    plan = facts.plan(config.run.seed)
+    names = [str(manifest.path) for manifest in facts.manifests]
     found = audit(plan, names, int(row["samples"]), quarantined(run / "quarantine.jsonl"), progress)
     for number, source in enumerate(found):
         counted = row.get(f"data/source_{number}_samples")

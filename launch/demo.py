@@ -110,10 +110,12 @@ def judge(model: Trained, bar: Progress | None = None) -> Findings:
     rows = []
     for name, subject in subjects.items():
         task = bar.add_task(f"evaluating: {name}", total=1) if bar else None
-        rows.append(row(name, subject, model.config.data.manifest))
+        rows.append(row(name, subject, model.config.data.first_manifest))
         if bar and task is not None:
             bar.advance(task)
-    return Findings(rows, reconstruction_errors(subjects["pretrained encoder"], model.config.data.manifest))
+    return Findings(
+        rows, reconstruction_errors(subjects["pretrained encoder"], model.config.data.first_manifest)
+    )
 
 
 def row(name: str, subject: Subject, manifest: Path) -> Row:
@@ -161,7 +163,7 @@ def draw(model: Trained, to: Path, enlarge: int = 4) -> None:
     objective = trained.read_objective(model)
     subject = Subject(objective.encoder, objective.encoder, model.view, CPU, objective, batch_size=8)
     with subject.looking():
-        batch = next(iter(subject.batches(validation(model.config.data.manifest))))
+        batch = next(iter(subject.batches(validation(model.config.data.first_manifest))))
         sheet = objective.pictures(batch)["reconstructions"]
     strips = torch.stack(sheet.chunk(len(batch), dim=1))  # one for each image: (8, 3, H, 3 * W)
     edge = 4

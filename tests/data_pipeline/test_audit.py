@@ -10,7 +10,9 @@ import pytest
 
 from data_pipeline.audit import audit
 from data_pipeline.bench import throughput
-from data_pipeline.load import DataConfig, build_loader, make_plan
+from data_pipeline.config import DataConfig
+from data_pipeline.facts import make_plan
+from data_pipeline.load import build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.quarantine import quarantined
 from data_pipeline.types import CenterCrop, ViewSpec

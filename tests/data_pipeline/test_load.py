@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import ConfigError, DataError
-from data_pipeline.load import DataConfig, Loader, build_loader, sequential
+from data_pipeline.config import DataConfig
+from data_pipeline.load import Loader, build_loader, sequential
 from data_pipeline.manifest import Manifest
 from data_pipeline.types import Batch, CenterCrop, RandomResizedCrop, ViewSpec
 from tests.data_pipeline.sets import numbered_set, numbers_in, sample, write_set

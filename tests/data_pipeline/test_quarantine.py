@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from configs.errors import DataError
-from data_pipeline.load import DataConfig, Loader, build_loader
+from data_pipeline.config import DataConfig
+from data_pipeline.load import Loader, build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.quarantine import quarantined
 from data_pipeline.types import Batch, CenterCrop, ViewSpec

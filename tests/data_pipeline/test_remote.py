@@ -10,7 +10,8 @@ import pytest
 from configs.errors import ConfigError, DataError
 from data_pipeline import indexing
 from data_pipeline.cache import Cache, CacheConfig
-from data_pipeline.load import DataConfig, Loader, build_loader
+from data_pipeline.config import DataConfig
+from data_pipeline.load import Loader, build_loader
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.remote import FetchError, fetch
 from data_pipeline.types import CenterCrop, ViewSpec

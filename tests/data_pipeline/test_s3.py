@@ -8,7 +8,8 @@ import pytest
 
 from data_pipeline import indexing
 from data_pipeline.cache import CacheConfig
-from data_pipeline.load import DataConfig, build_loader
+from data_pipeline.config import DataConfig
+from data_pipeline.load import build_loader
 from data_pipeline.types import CenterCrop, ViewSpec
 from tests.data_pipeline.sets import numbered_set
 

@@ -14,9 +14,10 @@ from PIL import Image
 
 from configs.errors import DataError
 from data_pipeline import demo, indexing
+from data_pipeline.config import DataConfig
 from data_pipeline.decode import decode
 from data_pipeline.demo import DemoConfig
-from data_pipeline.load import DataConfig, build_loader
+from data_pipeline.load import build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.pack import pack
 from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader
