@@ -63,8 +63,8 @@ class Train:
         os.environ.setdefault("OMP_NUM_THREADS", _threads(root))
         if here.rank == 0:
             self._prepare(root, here)
-        outcome = job(root)
-        if outcome.code == DONE or outcome.reason == "stop_after":
+        outcome = job(root, hung=lambda: leave(slurm.REQUEUE))
+        if outcome.code == DONE or outcome.reason in ("stop_after", "early_stop"):
             return {"reason": outcome.reason}
         if outcome.code == STOPPED and outcome.reason not in ("preempted", "time_limit"):
             wait_for_slurm(root, KILL_WAIT)

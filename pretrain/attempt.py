@@ -131,6 +131,7 @@ def _attempt(
         listeners += _listeners(folder, plan, engine, here, told, start, loader, outside.console, health)
         saver = next(each for each in listeners if isinstance(each, checkpoint.Checkpointer))
         if start.save:
+            saver.saved = None
             saver.save(progress)
         trainer = Trainer(
             engine=engine,
@@ -154,14 +155,15 @@ def _attempt(
 
 
 def _abandon(listeners: Sequence[Listener], error: BaseException) -> None:
+    ill = isinstance(error, TroubleError)  # the same on every rank, and the run may go on
     for each in listeners:
         if isinstance(each, tracking.Track):
-            each.fail()
-        if isinstance(error, TroubleError):  # the same on every rank, and the run may go on
-            if isinstance(each, checkpoint.Checkpointer):
-                each.settle()
-            elif isinstance(each, Heartbeat):
-                each.end_attempt(error.kind)
+            for tracker in each.trackers:
+                tracker.finish("given up" if ill else "failed")
+        elif ill and isinstance(each, checkpoint.Checkpointer):
+            each.settle()
+        elif isinstance(error, TroubleError) and isinstance(each, Heartbeat):
+            each.end_attempt(error.kind)
 
 
 def _hung(folder: RunFolder, here: Processes, outside: Outside, message: str) -> None:
@@ -247,6 +249,7 @@ def make_engine(objective: Objective, plan: Plan, here: Processes) -> deepspeed.
         activation_checkpointing=config.train.activation_checkpointing,
         compile_backend="inductor" if config.train.compile else None,
         offload_optimizer=config.train.offload is not None,
+        expects_saves=True,
     )
 
 

@@ -70,7 +70,7 @@ def end_of_task(root: str, outcome: Outcome, cancelled: bool) -> int:
         Submission("1", {}, "", "", "", cancelled="now").write(Path(root))
     if (pid := os.fork()) == 0:
         task.VERDICT = task.KILL_WAIT = 0.1
-        task.job = lambda path: outcome  # type: ignore[assignment]
+        task.job = lambda path, hung: outcome  # type: ignore[assignment]
         task._threads = lambda path: "1"  # type: ignore[assignment]
         here = slurm.Place(1, 2, 1, 2, 0, ("here",), "7", Path(root))
         slurm.place = lambda: here  # type: ignore[assignment]
@@ -108,7 +108,7 @@ def outstays_its_time(root: str) -> int:
     if (pid := os.fork()) == 0:
         task.MARGIN = 0.0
 
-        def hang(path: Path) -> Outcome:
+        def hang(path: Path, hung: object) -> Outcome:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
             os.kill(os.getpid(), signal.SIGUSR2)
             os.system("sleep 60")
