@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError
-from launch import cli_checkpoint, cli_data, cli_replay, cli_runs, cli_submit
+from launch import cli_checkpoint, cli_data, cli_replay, cli_runs, cli_submit, cli_sweep
 from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 
 DEMO = Path("runs/demo")

@@ -63,7 +63,7 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 def read(path: Path, root: Path) -> Facts:
     """Everything that is read of a run; a file that is missing or torn counts for nothing."""
-    run, job = _json(path / "run.json"), _json(path / "slurm.json")
+    run, job = read_json(path / "run.json"), read_json(path / "slurm.json")
     return Facts(
         path=path,
         name=str(path.relative_to(root)) if path != root else path.name,
@@ -150,7 +150,8 @@ def _end(path: Path, size: int) -> tuple[bytes, bool]:
         os.close(file)
 
 
-def _json(path: Path) -> Row:
+def read_json(path: Path) -> Row:
+    """A JSON object; empty where there is none or it is torn."""
     try:
         found = from_json(_end(path, 1 << 24)[0])
     except ValueError:

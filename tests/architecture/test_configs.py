@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from configs.loading import PACKAGED, Config, dump, load, validate
+from configs.sweep import SweepConfig
 from launch.cluster import ClusterConfig
 from pretrain.config import RunConfig
 
 SCHEMAS: dict[str, type[Config]] = dict.fromkeys(("demo", "smoke", "mae", "moco"), RunConfig) | {
-    "clusters": ClusterConfig
+    "clusters": ClusterConfig,
+    "sweeps": SweepConfig,
 }
 """What the files of each folder of configs/ are."""
 

@@ -1,0 +1,49 @@
+"""`keel sweep`: many runs of one question."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(metavar="SWEEP", help="a YAML file, or one that ships with keel")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="a.b=c", help="of the sweep; of the cluster: +nodes=2")
+    ] = None,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="FILE", help="where to run; by default this machine")
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="ranks of each run on this machine")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the runs")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="the runs as a JSON list on standard output")
+    ] = False,
+) -> None:
+    """Submit the runs of a sweep that are missing or have failed; those that are well are left alone."""
+    from launch import sweep as sweeps
+    from launch.cluster import load_cluster
+    from launch.progress import progress_bar
+
+    given = overrides or []
+    site = [text.removeprefix("+") for text in given if text.startswith("+")]
+    where = load_cluster(cluster, site) if cluster else None
+    asked = sweeps.load_sweep(file, [text for text in given if not text.startswith("+")])
+    planned = sweeps.plan(asked)
+    due = sum(one.due for one in planned)
+    if as_json:
+        typer.echo(json.dumps(sweeps.listing(planned)))
+    elif dry_run:
+        for one in planned:
+            typer.echo(f"{one.member.name}  {one.state}" + ("  -> submit" if one.due else ""))
+    said = f"{asked.dir}: {len(planned)} runs, {due} to submit, {asked.parallel} at a time"
+    typer.echo(said, err=as_json)
+    if not dry_run:
+        with progress_bar("checking") as progress:
+            code = sweeps.start(
+                asked, planned, cluster=where, nproc=nproc, progress=progress,
+                say=lambda line: typer.echo(line, err=as_json),
+            )  # fmt: skip
+        raise typer.Exit(code)

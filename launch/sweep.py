@@ -1,0 +1,187 @@
+"""A sweep: its members checked and prepared; those missing or failed submitted as one array, or run here."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.errors import ConfigError, UserError
+from configs.loading import load
+from configs.sweep import Member, SweepConfig, members
+from launch.cluster import ClusterConfig
+from launch.early_stop import SWEEP
+from launch.job import DONE, STOPPED
+from launch.registry import Run, look
+from launch.submit import submit
+from pretrain.config import RunConfig
+from pretrain.folder import write_atomically
+from pretrain.run import prepare
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A member, and how its run stands."""
+
+    member: Member
+    folder: Path
+    config: RunConfig
+    run: Run | None  # None where it has no folder yet
+
+    @property
+    def state(self) -> str:
+        return "missing" if self.run is None else self.run.state
+
+    @property
+    def due(self) -> bool:
+        """Whether it is to be submitted: never begun, or ended against its user's will."""
+        return self.run is None or self.run.state == "new" or self.run.resumable
+
+
+def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Raises `ConfigError` naming every bad setting."""
+    sweep = load(path, SweepConfig, overrides)
+    return sweep.model_copy(update={"dir": sweep.dir.expanduser().absolute()})
+
+
+def plan(sweep: SweepConfig) -> list[Planned]:
+    """Every member with its config and state. Raises `ConfigError` naming what is wrong in all of them."""
+    configs: dict[str, RunConfig] = {}
+    wrong: dict[str, str] = {}  # what is wrong to the first member that has it
+    found = members(sweep)
+    for member in found:
+        try:
+            configs[member.name] = load(member.config, RunConfig, member.dotlist(sweep))
+        except UserError as error:
+            for line in str(error).splitlines():
+                wrong.setdefault(line, member.name)
+    if wrong:
+        raise ConfigError("\n".join(f"{line} (in {name})" for line, name in wrong.items()))
+    _refuse_impossible_rule(sweep, list(configs.values()))
+    there = [
+        sweep.dir / member.name for member in found if (sweep.dir / member.name / "config.yaml").is_file()
+    ]
+    runs = {run.path: run for run in look(there)}
+    return [
+        Planned(member, folder := sweep.dir / member.name, configs[member.name], runs.get(str(folder)))
+        for member in found
+    ]
+
+
+def _refuse_impossible_rule(sweep: SweepConfig, configs: Sequence[RunConfig]) -> None:
+    rule = sweep.early_stop
+    if rule is None:
+        return
+    name, _, _ = rule.metric.rpartition("/")
+    if not name or name == "objective":
+        kinds = sorted({config.objective.name for config in configs})
+        if len(kinds) > 1:
+            raise ConfigError(
+                f"early_stop.metric: {rule.metric} of {' and '.join(kinds)} can't be compared; "
+                "use an evaluation, such as knn/top1"
+            )
+        return
+    for config in configs:
+        if not any(one.title == name and one.every is not None for one in config.evaluate):
+            raise ConfigError(
+                f"early_stop.metric: found {rule.metric}, but {config.run.dir.name} has no evaluation {name} "
+                "with an `every`, so that there is nothing to compare at the rungs"
+            )
+
+
+def start(
+    sweep: SweepConfig,
+    planned: Sequence[Planned],
+    *,
+    cluster: ClusterConfig | None,
+    nproc: int = 1,
+    say: Say = print,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Submit what is due as one array, or without a `cluster` run it here; gives the exit code.
+
+    Every member is checked before the first is submitted. Raises `UserError`.
+    """
+    due = [one for one in planned if one.due]
+    ranks = cluster.ranks if cluster else nproc
+    for one in due:
+        one.config.micro_batch(ranks)
+    if not due:
+        return DONE
+    for number, one in enumerate(due):
+        prepare(one.config, world_size=ranks)
+        progress(number + 1, len(due))
+    write_record(sweep, planned)
+    folders = [one.folder for one in due]
+    if cluster is None:
+        return run_here(folders, nproc, sweep.parallel, say)
+    for folder, job in zip(folders, submit(folders, cluster, parallel=sweep.parallel), strict=True):
+        say(f"{folder.name}: job {job}")
+    return DONE
+
+
+def write_record(sweep: SweepConfig, planned: Sequence[Planned]) -> None:
+    """DIR/sweep.json: the sweep as submitted, with the overrides of each member."""
+    own = {one.member.name: {"config": one.member.config, **one.member.overrides} for one in planned}
+    record = {**sweep.model_dump(mode="json"), "runs": own}
+    write_atomically(sweep.dir / SWEEP, json.dumps(record, indent=1) + "\n")
+
+
+def run_here(folders: Sequence[Path], nproc: int, parallel: int, say: Say) -> int:
+    """Train prepared runs on this machine, `parallel` at a time, each by a `keel train` of its own.
+
+    Gives 0, or what the first that failed gave, or 3 where all were well and some were stopped from outside.
+    """
+    waiting, running = list(folders), dict[Path, subprocess.Popen[bytes]]()
+    codes: dict[Path, int] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < parallel:
+                folder = waiting.pop(0)
+                running[folder] = _train(folder, nproc)
+            for folder in [folder for folder, process in running.items() if process.poll() is not None]:
+                codes[folder] = running.pop(folder).returncode
+                (run,) = look([folder])
+                say(f"{folder.name}: {run.state}" + (f" ({run.note})" if run.note else ""))
+                if run.reason == "early_stop":
+                    codes[folder] = DONE
+            time.sleep(0.1)
+    finally:
+        for process in running.values():  # they save and leave; on Ctrl-C a terminal has told them already
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+    failed = [code for code in codes.values() if code not in (DONE, STOPPED)]
+    return next(iter(failed), max(codes.values(), default=DONE))
+
+
+def _train(folder: Path, nproc: int) -> subprocess.Popen[bytes]:
+    # -P: a folder named `configs` where the user stands must not hide ours.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "launch",
+        "train",
+        str(folder / "config.yaml"),
+        "--nproc",
+        str(nproc),
+    ]
+    with (folder / "logs" / "launcher.log").open("ab") as log:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+
+
+def listing(planned: Sequence[Planned]) -> list[Mapping[str, object]]:
+    """What `--dry-run` and `--json` show."""
+    return [
+        {"run": str(one.folder), "config": one.member.config, "overrides": dict(one.member.overrides),
+         "state": one.state, "submit": one.due}
+        for one in planned
+    ]  # fmt: skip
