@@ -78,14 +78,13 @@ def _watch(run: Path, rule: EarlyStop, stop: StopRequest, ended: threading.Event
 
 
 def look(run: Path, rule: EarlyStop) -> bool:
-    """Decide the rungs that are behind this run and not decided yet; whether it is to stop."""
+    """Decide the rungs that are behind this run and not decided yet, up to one it is to stop at; whether it is."""
     from pretrain.folder import write_atomically
 
     decided: dict[str, Any] = dict(read_json(run / DECISIONS).get("rungs", {}))
     total, last = read_json(run / "run.json").get("total_steps"), tail(run / "metrics.jsonl", last=1)
     if not total or not last:
         return False
-    stops = False
     for rung in rule.rungs:
         step = math.ceil(rung * total)
         if str(rung) in decided or last[-1]["step"] <= step:
@@ -97,7 +96,9 @@ def look(run: Path, rule: EarlyStop) -> bool:
         stops = worse(rule, value, others)
         decided[str(rung)] = {"value": value, "stopped": stops, "others": len(others), "metric": rule.metric}
         write_atomically(run / DECISIONS, json.dumps({"rungs": decided}, indent=1) + "\n")
-    return stops
+        if stops:
+            return True
+    return False
 
 
 def value_at(run: Path, metric: str, step: int) -> float | None:

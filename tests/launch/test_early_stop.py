@@ -1,0 +1,136 @@
+"""When a member of a sweep gives itself up: the rules, what is compared, and the thread beside training."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.registry import make_run, state
+from configs.sweep import EarlyStop
+from launch import early_stop
+from launch.early_stop import look, value_at, worse
+from launch.run_files import read_json
+from pretrain.health import StopRequest
+
+LOSS = EarlyStop(rule="halving", metric="loss", rungs=(0.25, 0.5), reduction=2)
+TOP1 = EarlyStop(rule="median", metric="knn/top1", rungs=(0.5,), least=3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "others", "expected"),
+    [
+        # of n so far, the best ceil(n / 2) go on
+        (LOSS, 9.0, [], False),
+        (LOSS, 9.0, [1.0], True),
+        (LOSS, 1.0, [9.0], False),
+        (LOSS, 2.0, [1.0, 3.0], False),
+        (LOSS, 3.0, [1.0, 2.0], True),
+        (LOSS, 2.0, [1.0, 3.0, 4.0], False),
+        (LOSS, 3.0, [1.0, 2.0, 4.0], True),
+        (LOSS, 1.0, [1.0, 1.0, 1.0], False),
+        (LOSS, float("nan"), [], True),
+        (LOSS.model_copy(update={"reduction": 4.0}), 2.0, [1.0, 3.0, 4.0], True),
+        # accuracy: more is better; a median wants three others
+        (TOP1, 10.0, [50.0, 60.0], False),
+        (TOP1, 10.0, [50.0, 60.0, 70.0], True),
+        (TOP1, 60.0, [50.0, 60.0, 70.0], False),
+        (TOP1, 90.0, [50.0, 60.0, 70.0], False),
+        (TOP1, 54.0, [50.0, 60.0, 50.0, 60.0], True),
+    ],
+)
+def test_the_rules(rule: EarlyStop, value: float, others: list[float], expected: bool) -> None:
+    assert worse(rule, value, others) is expected
+
+
+def member(root: Path, name: str, *, rows: int, total: int = 20, **options: Any) -> Path:
+    make_run(root / name, run=state(status="running", total_steps=total, step=0), rows=rows, **options)
+    return root / name
+
+
+def test_a_loss_counts_by_its_mean_near_the_rung(tmp_path: Path) -> None:
+    run = member(tmp_path, "a", rows=20)
+    assert value_at(run, "loss", 10) == pytest.approx((1 / 9 + 1 / 10) / 2)
+    assert value_at(run, "loss", 1) == 1
+    assert value_at(run, "nothing", 10) is None
+
+
+def test_an_evaluation_counts_by_its_newest_score(tmp_path: Path) -> None:
+    run = member(
+        tmp_path, "a", rows=20, evaluations={4: {"top1": 40.0}, 8: {"top1": 30.0}, 12: {"top1": 90.0}}
+    )
+    assert value_at(run, "knn/top1", 10) == 30
+    assert value_at(run, "knn/top1", 3) is None
+
+
+def test_a_rung_is_decided_once_it_is_behind_and_only_once(tmp_path: Path) -> None:
+    good = member(tmp_path, "good", rows=6)
+    (tmp_path / "good" / "early_stop.json").write_text(json.dumps({"rungs": {"0.25": {"value": 1e-3}}}))
+    run = member(tmp_path, "run", rows=5)
+    assert not look(run, LOSS)  # at the rung, not past it: its evaluation may still be going on
+    assert not (run / "early_stop.json").exists()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "loss": 0.1}) + "\n")
+    assert look(run, LOSS)
+    assert read_json(run / "early_stop.json")["rungs"] == {
+        "0.25": {"value": pytest.approx(1 / 5), "stopped": True, "others": 1, "metric": "loss"}
+    }
+    assert not look(run, LOSS)  # resumed by hand: this rung is over
+    assert not look(good, LOSS)
+
+
+def test_a_member_compares_itself_with_what_others_have_written(tmp_path: Path) -> None:
+    runs = [member(tmp_path, name, rows=12) for name in "abcd"]
+    for number, run in enumerate(runs):
+        rows = [{"step": step, "loss": 1.0 + number} for step in range(1, 13)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [look(run, LOSS) for run in runs] == [False, True, True, True]
+    decided = [read_json(run / "early_stop.json")["rungs"] for run in runs]
+    assert [len(rungs) for rungs in decided] == [2, 1, 1, 1]  # nothing is decided beyond the end
+
+
+def test_training_is_asked_to_stop_and_never_harmed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(early_stop, "POLL", 0.01)
+    rule = {"early_stop": LOSS.model_dump(mode="json")}
+    run = member(tmp_path, "run", rows=8)
+    asked = threading.Event()
+
+    class Request(StopRequest):
+        def ask(self, reason: Any) -> None:
+            super().ask(reason)
+            asked.set()
+
+    stop = Request()
+    with early_stop.watching(run, stop):  # no sweep here
+        assert "early-stop" not in {thread.name for thread in threading.enumerate()}
+    (tmp_path / "sweep.json").write_text(json.dumps(rule))
+    with early_stop.watching(run, stop, rank=1):
+        assert "early-stop" not in {thread.name for thread in threading.enumerate()}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "early_stop.json").write_text('{"rungs": {"0.25": {"value": 0.0}}}')
+    with early_stop.watching(run, stop):
+        assert asked.wait(60)
+    assert stop.reason == "early_stop"
+    assert "early-stop" not in {thread.name for thread in threading.enumerate()}
+
+    broken = member(tmp_path, "broken", rows=0)
+    (broken / "metrics.jsonl").write_text('{"loss": 1}\n')  # a row without a step
+    with early_stop.watching(broken, Request()):
+        for thread in threading.enumerate():
+            if thread.name == "early-stop":
+                thread.join(60)
+    assert "can't be decided, so training goes on: KeyError('step')" in capfd.readouterr().err
+
+
+def test_a_signal_to_come_back_weighs_more() -> None:
+    """A member that is preempted while it gives itself up comes back and finds its rung decided."""
+    stop = StopRequest()
+    stop.ask("early_stop")
+    stop.ask("preempted")
+    stop.ask("early_stop")
+    assert stop.reason == "preempted"
