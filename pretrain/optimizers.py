@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import pydantic
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from configs.errors import ConfigError
 from configs.loading import Config
-from pretrain.schedules import ScheduleName, dropped, warmup_then
+from pretrain.schedules import ScheduleName, dropped, half_cosine, warmup_then
 from pretrain.types import Duration, ParamGroup, Progress, StepSettings, trainable
 
 Schedule = Callable[[Progress], StepSettings]
@@ -21,13 +21,15 @@ MakeOptimizer = Callable[[Sequence[ParamGroup]], torch.optim.Optimizer]
 class OptimizerConfig(Config):
     """An optimizer with its schedule. Give `base_lr` (scaled by batch / 256) or `lr` (as it is), not both."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
+    name: Literal["adamw", "sgd", "lars"] = "adamw"
     base_lr: float | None = pydantic.Field(None, gt=0)
     lr: float | None = pydantic.Field(None, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = pydantic.Field(1e-8, gt=0)
-    momentum: float = pydantic.Field(0.9, ge=0, lt=1)  # of sgd
+    momentum: float = pydantic.Field(0.9, ge=0, lt=1)  # of sgd and lars
+    trust: float = pydantic.Field(0.001, gt=0)  # of lars: a layer's step over its weights' norm, at rate 1
     weight_decay: float = pydantic.Field(0.05, ge=0)
+    final_weight_decay: float | None = pydantic.Field(None, ge=0)  # reached by half a cosine; None: constant
     schedule: ScheduleName = "cosine"
     warmup: Duration = Duration(0, "steps")
     final_lr: float = pydantic.Field(0.0, ge=0)
@@ -75,9 +77,23 @@ class OptimizerConfig(Config):
         def settings(progress: Progress) -> StepSettings:
             lr = warmup_then(self.schedule, progress.step, total_steps, warmup, peak, self.final_lr)
             lr *= dropped(progress.step, milestones, self.drop)
-            return StepSettings(lr=lr, weight_decay=self.weight_decay)
+            return StepSettings(lr=lr, weight_decay=self.weight_decay_at(progress.step / total_steps))
 
         return settings
+
+    def weight_decay_at(self, fraction: float) -> float:
+        """At a fraction of the training."""
+        if self.final_weight_decay is None:
+            return self.weight_decay
+        return half_cosine(fraction, self.weight_decay, self.final_weight_decay)
+
+    def require_possible(self, zero_stage: int) -> None:
+        """Refuse LARS with ZeRO. Raises `ConfigError`."""
+        if self.name == "lars" and zero_stage:
+            raise ConfigError(
+                f"train.zero_stage: found {zero_stage}, with optimizer.name=lars it must be 0: LARS needs "
+                "each layer's weights whole, and ZeRO shares flattened ones out among ranks"
+            )
 
     def make(self, groups: Sequence[ParamGroup]) -> torch.optim.Optimizer:
         """The torch optimizer over `groups`, in order; the engine scales each group's rate and decay."""
@@ -85,9 +101,46 @@ class OptimizerConfig(Config):
         rate = self.lr or self.base_lr or 0.0
         if self.name == "sgd":
             return torch.optim.SGD(tensors, lr=rate, momentum=self.momentum, weight_decay=self.weight_decay)
+        if self.name == "lars":
+            return LARS(tensors, rate, self.momentum, self.weight_decay, self.trust)
         return torch.optim.AdamW(
             tensors, lr=rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
         )
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum, its steps scaled layer by layer (You et al. 2017, arXiv:1708.03888 algorithm 1).
+
+    d = gradient + decay w; m <- momentum m + trust |w| / |d| d; w <- w - lr m. Vectors (biases, gains) take
+    plain SGD without decay, as in the self-supervised recipes (facebookresearch/moco-v3, optimizer.py).
+    Parameters must be whole, each with its own shape.
+    """
+
+    def __init__(
+        self, parameters: Iterable[Any], lr: float, momentum: float, weight_decay: float, trust: float
+    ) -> None:
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "trust": trust}
+        super().__init__(parameters, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update; nothing waits for the device."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                change = p.grad
+                if p.ndim > 1:
+                    change = change.add(p, alpha=group["weight_decay"])
+                    ratio = group["trust"] * p.norm() / change.norm()
+                    # Weights or gradients of zero length (a fresh layer) are taken as they are.
+                    change = change * torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                moment = state["momentum_buffer"]
+                moment.mul_(group["momentum"]).add_(change)
+                p.add_(moment, alpha=-group["lr"])
 
 
 def groups_without_decay(module: nn.Module, exempt: Callable[[str, nn.Parameter], bool]) -> list[ParamGroup]:

@@ -56,6 +56,7 @@ def prepare(
     with torch.device("meta"):
         objective = plan.objective(world_size)
     config.train.require_possible(objective)
+    config.optimizer.require_possible(config.train.zero_stage)
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)
     branch = None if fork is None else fork.checkpoint()

@@ -1,4 +1,4 @@
-"""Schedules as pure functions of progress."""
+"""Schedules as pure functions of progress: of rates, of weight decay and of a teacher's momentum."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ def warmup_then(
     if name != "cosine" or total <= warmup:
         return peak
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def half_cosine(fraction: float, start: float, end: float) -> float:
+    """From `start` to `end` along half a period of a cosine, as `fraction` goes from 0 to 1.
+
+    A teacher's momentum (BYOL, arXiv:2006.07733 §3.3), a growing weight decay (DINO, arXiv:2104.14294 §3.2).
+    """
+    return end - (end - start) * (math.cos(math.pi * fraction) + 1) / 2
 
 
 def dropped(step: int, milestones: Sequence[int], factor: float) -> float:

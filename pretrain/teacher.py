@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 
 from torch import nn
+
+from pretrain.schedules import half_cosine
 
 
 def copy_of(student: nn.Module) -> nn.Module:
@@ -17,4 +18,4 @@ def copy_of(student: nn.Module) -> nn.Module:
 
 def momentum_at(fraction: float, start: float, end: float = 1.0) -> float:
     """Half a cosine from `start` to `end` over training (BYOL, arXiv:2006.07733 §3.3; MoCo v3 alike)."""
-    return end - (end - start) * (math.cos(math.pi * fraction) + 1) / 2
+    return half_cosine(fraction, start, end)
