@@ -74,7 +74,8 @@ def measure(name: str, batch: int, width: int) -> dict[str, float]:
     """Extra bytes, seconds, loss and the norm of the images' gradient of one loss, in this process."""
     generator = torch.Generator().manual_seed(0)
     images = functional.normalize(torch.randn(batch, width, generator=generator), dim=1)
-    texts = functional.normalize(images + torch.randn(batch, width, generator=generator) / width**0.5, dim=1)
+    noise = torch.randn(batch, width, generator=generator) / width**0.5
+    texts = functional.normalize(images + 2 * noise, dim=1)
     inputs = [t.requires_grad_() for t in (images, texts, torch.tensor([30.0]), torch.tensor([-10.0]))]
     before, seconds = resident(highest=False), []
     for _ in range(3):
@@ -87,7 +88,7 @@ def measure(name: str, batch: int, width: int) -> dict[str, float]:
     assert images.grad is not None
     return {
         "bytes": resident(highest=True) - before, "seconds": min(seconds),
-        "loss": float(loss), "gradient": float(images.grad.norm()),
+        "loss": loss.item(), "gradient": float(images.grad.norm()),
     }  # fmt: skip
 
 

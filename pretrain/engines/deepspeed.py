@@ -41,12 +41,13 @@ def initialize(
     activation_checkpointing: bool = False,
     compile_backend: str | None = None,
     offload_optimizer: bool = False,
+    expects_saves: bool = False,
 ) -> DeepSpeedEngine:
     """Wrap `objective` for training; collective. The object stays usable, its parameters are the engine's.
 
     `micro_batch`: samples a rank takes at once; `accumulation`: micro-batches a step; `compile_backend`: of
-    torch.compile, block by block; the others as in `EngineConfig`, which has refused what can't be. Every
-    trainable parameter must be in one of the objective's groups.
+    torch.compile, block by block; `expects_saves`: get the memory of `stage` before it is called; the others
+    as in `EngineConfig`, which has refused what can't be. Every trainable parameter must be in one group.
     """
     fragments.require_known_deepspeed()
     # DeepSpeed's calls of names that torch has renamed: nothing a user could act on.
@@ -67,7 +68,7 @@ def initialize(
         model=objective, optimizer=optimizer, config=settings, dist_init_required=False
     )
     scale = LossScale() if precision == "fp16" else None
-    return DeepSpeedEngine(engine, objective, groups, accumulation, gradient_clip, scale)
+    return DeepSpeedEngine(engine, objective, groups, accumulation, gradient_clip, scale, expects_saves)
 
 
 def _allow_tf32(device: torch.device, allowed: bool) -> None:
@@ -149,6 +150,7 @@ class DeepSpeedEngine:
         accumulation: int,
         gradient_clip: float,
         loss_scale: LossScale | None,
+        expects_saves: bool,
     ) -> None:
         self.device: torch.device = engine.device
         self.zero_stage = int(engine.zero_optimization_stage())
@@ -160,6 +162,7 @@ class DeepSpeedEngine:
         self._shards = fragments.shards(engine)
         self._statistics = Statistics(objective)
         self._buffers = state.HostBuffers()
+        self._to_reserve = expects_saves
         self._group = dist.new_group(backend="gloo")  # of checkpoints alone, so that a thread may write them
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
@@ -212,6 +215,9 @@ class DeepSpeedEngine:
                 torch._foreach_mul_(gradients, factor / scale)
         self._engine.step()
         self._statistics.keep()
+        if self._to_reserve:  # not before the first update has made the moments
+            self._to_reserve = False
+            self._buffers.reserve(state.owned(self._engine, self._shards, self._group))
         return ZeroUpdate(norm, self._shards, self._names)
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,17 +76,34 @@ class HostBuffers:
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, int], Tensor] = {}
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, source: Sequence[Fragment]) -> None:
+        """Get the memory for such fragments in the background, so that the first copy doesn't wait for it."""
+
+        def touch() -> None:
+            for each in source:
+                self._buffer(each).zero_()  # a page is only given when it is written to
+
+        self._reserving = threading.Thread(target=touch, daemon=True)
+        self._reserving.start()
+
+    def _buffer(self, like: Fragment) -> Tensor:
+        key, data = (like.tensor, like.start), like.data
+        buffer = self._kept.get(key)
+        if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
+            pin = data.is_cuda  # pinned memory is what a GPU can copy to without waiting
+            buffer = self._kept[key] = torch.empty(data.shape, dtype=data.dtype, pin_memory=pin)
+        return buffer
 
     def copy(self, source: Iterable[Fragment]) -> list[Fragment]:
         """The same fragments in host memory; what was copied before is overwritten."""
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
         copies, on_device = [], False
         for each in source:
-            key = (each.tensor, each.start)
-            buffer = self._kept.get(key)
-            if buffer is None or buffer.shape != each.data.shape or buffer.dtype != each.data.dtype:
-                pin = each.data.is_cuda  # pinned memory is what a GPU can copy to without waiting
-                buffer = torch.empty(each.data.shape, dtype=each.data.dtype, pin_memory=pin)
-                self._kept[key] = buffer
+            buffer = self._buffer(each)
             buffer.copy_(each.data, non_blocking=True)
             on_device = on_device or each.data.is_cuda
             copies.append(Fragment(each.tensor, buffer, each.start, each.total))
@@ -103,18 +121,8 @@ def stage(
     extra: Mapping[str, Any],
 ) -> Staged:
     """Copy this rank's part to host memory. `engine_state`, `extra`: JSON values, rank 0's are kept."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    ranks = dist.get_world_size(group)
     base = fragments.base_optimizer(engine)
-    whole = engine.zero_optimization_stage() == 0
-    owned = list(_masters(shards)) + list(_moments(shards, base))
-    if whole:  # every rank holds everything
-        owned = [part for f in owned if (part := _share(f, rank, ranks))]
-    for number, replica in enumerate(fragments.replicas(engine)):
-        data = fragments.read_slice(replica.data, 0, replica.data.numel())
-        if replica.sharded or number % ranks == rank:
-            owned.append(Fragment(f"model/{replica.name}", data, replica.start, replica.total))
-    owned += _random_states(rank)
-
     shapes = fragments.shapes(engine.module)
     named = {f"model/{name}": shape for name, shape in shapes.items()}
     keys = _moment_keys(shards, base)
@@ -126,7 +134,20 @@ def stage(
         "moments": keys,
         "extra": dict(extra),
     }
-    return Staged(buffers.copy(owned), named, state, group)
+    return Staged(buffers.copy(owned(engine, shards, group)), named, state, group)
+
+
+def owned(engine: Any, shards: Sequence[fragments.Shard], group: dist.ProcessGroup) -> list[Fragment]:
+    """What this rank writes, as live tensors."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    found = list(_masters(shards)) + list(_moments(shards, fragments.base_optimizer(engine)))
+    if engine.zero_optimization_stage() == 0:  # every rank holds everything
+        found = [part for f in found if (part := _share(f, rank, ranks))]
+    for number, replica in enumerate(fragments.replicas(engine)):
+        data = fragments.read_slice(replica.data, 0, replica.data.numel())
+        if replica.sharded or number % ranks == rank:
+            found.append(Fragment(f"model/{replica.name}", data, replica.start, replica.total))
+    return found + list(_random_states(rank))
 
 
 def load(
