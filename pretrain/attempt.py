@@ -269,26 +269,11 @@ def _listeners(
     A step's row is written before its checkpoint, so that no resume can lose one.
     """
     config, sizes = plan.config, (plan.config.train.batch_size, plan.samples)
-    trackers = []
-    if here.main:
-        trackers = tracking.build(
-            config.track,
-            folder.root,
-            run_id=folder.read_state()["id"],
-            start=start.progress,
-            settings=config.model_dump(mode="json"),
-            console=console,
-        )
-    track = tracking.Track(
-        trackers,
-        every_steps=config.track.every.steps(*sizes),
-        attempt=attempt["attempt"],
-        start=start.progress,
-        beside=lambda: {
-            **{f"data/{name}": value for name, value in loader.metrics().items()},
-            "skipped_batches": health.skipped_batches,
-        },
-    )
+    track = _track(folder, plan, here, attempt["attempt"], start.progress, console)
+    track.beside = lambda: {
+        **{f"data/{name}": value for name, value in loader.metrics().items()},
+        "skipped_batches": health.skipped_batches,
+    }
     listeners: list[Listener] = [Heartbeat(folder, attempt)] if here.main else []
     listeners += [Stragglers(config.track.every.steps(*sizes), folder.root, track.tell), track]
     hearers: list[Callable[[Progress, Scores], None]] = [track.evaluated]
@@ -320,6 +305,24 @@ def _listeners(
         hearers.append(best.hear)
         listeners.append(best)
     return [*listeners, saver]
+
+
+def _track(
+    folder: RunFolder, plan: Plan, here: Processes, attempt: int, start: Progress, console: TextIO | None
+) -> tracking.Track:
+    config = plan.config
+    trackers = []
+    if here.main:
+        trackers = tracking.build(
+            config.track,
+            folder.root,
+            run_id=folder.read_state()["id"],
+            start=start,
+            settings=config.model_dump(mode="json"),
+            console=console,
+        )
+    every = config.track.every.steps(config.train.batch_size, plan.samples)
+    return tracking.Track(trackers, every_steps=every, attempt=attempt, start=start)
 
 
 def _state_beside(plan: Plan, health: Health, progress: Progress) -> dict[str, Any]:

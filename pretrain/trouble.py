@@ -40,8 +40,11 @@ def sample_ids(plan: Plan, first: int, last: int) -> list[dict[str, Any]]:
     """Of each global batch in [first, last): its position and the stable numbers of its samples.
 
     Sorted as they lie over all ranks; a number counts through the sources in the order of their manifests.
+    None in stream mode, whose samples have no numbers.
     """
     config, size = plan.config, plan.config.train.batch_size
+    if not plan.data.manifests:
+        return []
     if config.data.stream is not None:  # its samples have no number of their own
         return [{"position": position} for position in range(first, last, size)]
     order = plan.data.plan(config.run.seed)
