@@ -40,10 +40,11 @@ def sweep(
             typer.echo(f"{one.member.name}  {one.state}" + ("  -> submit" if one.due else ""))
     said = f"{asked.dir}: {len(planned)} runs, {due} to submit, {asked.parallel} at a time"
     typer.echo(said, err=as_json)
-    if not dry_run:
-        with progress_bar("checking") as progress:
-            code = sweeps.start(
-                asked, planned, cluster=where, nproc=nproc, progress=progress,
-                say=lambda line: typer.echo(line, err=as_json),
-            )  # fmt: skip
-        raise typer.Exit(code)
+    if dry_run:
+        return
+    with progress_bar("making ready") as progress:
+        sweeps.make_ready(planned, where.ranks if where else nproc, progress)
+    code = sweeps.start(
+        asked, planned, cluster=where, nproc=nproc, say=lambda line: typer.echo(line, err=as_json)
+    )
+    raise typer.Exit(code)

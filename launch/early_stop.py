@@ -78,7 +78,7 @@ def _watch(run: Path, rule: EarlyStop, stop: StopRequest, ended: threading.Event
 
 
 def look(run: Path, rule: EarlyStop) -> bool:
-    """Decide the rungs that are behind this run and not decided yet, up to one it is to stop at; whether it is."""
+    """Decide the rungs that are behind this run and still open; whether it is to stop at one of them."""
     from pretrain.folder import write_atomically
 
     decided: dict[str, Any] = dict(read_json(run / DECISIONS).get("rungs", {}))

@@ -96,6 +96,18 @@ def _refuse_impossible_rule(sweep: SweepConfig, configs: Sequence[RunConfig]) ->
             )
 
 
+def make_ready(
+    planned: Sequence[Planned], ranks: int, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Make the folders of the members that are due; all are checked before the first. Raises `UserError`."""
+    due = [one for one in planned if one.due]
+    for one in due:
+        one.config.micro_batch(ranks)
+    for number, one in enumerate(due):
+        prepare(one.config, world_size=ranks)
+        progress(number + 1, len(due))
+
+
 def start(
     sweep: SweepConfig,
     planned: Sequence[Planned],
@@ -103,23 +115,15 @@ def start(
     cluster: ClusterConfig | None,
     nproc: int = 1,
     say: Say = print,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Submit what is due as one array, or without a `cluster` run it here; gives the exit code.
+    """Submit what is due as one array, or run it here without a `cluster`; gives the exit code.
 
-    Every member is checked before the first is submitted. Raises `UserError`.
+    They have been made ready. Raises `UserError`.
     """
-    due = [one for one in planned if one.due]
-    ranks = cluster.ranks if cluster else nproc
-    for one in due:
-        one.config.micro_batch(ranks)
-    if not due:
+    folders = [one.folder for one in planned if one.due]
+    if not folders:
         return DONE
-    for number, one in enumerate(due):
-        prepare(one.config, world_size=ranks)
-        progress(number + 1, len(due))
     write_record(sweep, planned)
-    folders = [one.folder for one in due]
     if cluster is None:
         return run_here(folders, nproc, sweep.parallel, say)
     for folder, job in zip(folders, submit(folders, cluster, parallel=sweep.parallel), strict=True):

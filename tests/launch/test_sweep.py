@@ -1,0 +1,178 @@
+"""Sweeps from file to runs: what is submitted, what is left alone, what is refused before anything starts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from configs.errors import ConfigError
+from data_pipeline import demo
+from data_pipeline.demo import DemoConfig
+from launch import sweep as sweeps
+from launch.cluster import ClusterConfig
+from launch.sweep import load_sweep, make_ready, plan, run_here, start
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    demo.make(DemoConfig(name="digits"), folder)
+    return folder / "train" / "manifest.json"
+
+
+@pytest.fixture
+def file(tmp_path: Path, digits: Path) -> Callable[..., str]:
+    """Write a sweep file: six members, two at a time."""
+
+    def write(**changes: Any) -> str:
+        sweep = {
+            "dir": str(tmp_path / "sweep"), "configs": ["smoke/mae"], "parallel": 2,
+            "overrides": {"data.manifest": str(digits), "train.duration": "4 steps"},
+            "grid": {"optimizer.lr": [1e-3, 2e-3, 3e-3], "run.seed": [0, 1]},
+        }  # fmt: skip
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(sweep | changes))
+        return str(path)
+
+    return write
+
+
+def ended(folder: Path, **changes: Any) -> None:
+    state = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(state | changes))
+
+
+def test_only_what_is_missing_or_has_failed_is_submitted_again(
+    file: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[list[str], int | None]] = []
+
+    def submit(folders: list[Path], cluster: ClusterConfig, *, parallel: int | None = None) -> list[str]:
+        sent.append(([folder.name for folder in folders], parallel))
+        return [f"7_{number}" for number in range(len(folders))]
+
+    monkeypatch.setattr(sweeps, "submit", submit)
+    sweep = load_sweep(file())
+    first = plan(sweep)
+    assert [one.state for one in first] == ["missing"] * 6
+    said: list[str] = []
+    make_ready(first, ranks=1)
+    assert start(sweep, first, cluster=ClusterConfig(), say=said.append) == 0
+    names = [one.member.name for one in first]
+    assert sent == [(names, 2)]
+    assert said == [f"{name}: job 7_{number}" for number, name in enumerate(names)]
+    record = json.loads((sweep.dir / "sweep.json").read_text())
+    assert record["runs"][names[0]] == {"config": "smoke/mae", "optimizer.lr": 1e-3, "run.seed": 0}
+    assert "lr: 0.001\n" in (first[0].folder / "config.yaml").read_text()
+
+    attempt = {"attempt": 1, "reason": "early_stop"}
+    ended(first[0].folder, status="done")
+    ended(first[1].folder, status="failed", error="x")
+    ended(first[2].folder, status="stopped", attempts=[attempt])
+    ended(first[3].folder, status="stopped", attempts=[attempt | {"reason": "preempted"}])
+    ended(first[4].folder, status="running", attempts=[{}], heartbeat="2020-01-01T00:00:00+00:00")
+    again = plan(load_sweep(file(grid={"optimizer.lr": [1e-3, 2e-3, 3e-3], "run.seed": [0, 1, 2]})))
+    states = {one.member.name: (one.state, one.due) for one in again}
+    assert [states[name][0] for name in names] == ["done", "failed", "stopped", "stopped", "lost", "new"]
+    assert [states[name][1] for name in names] == [False, True, False, True, True, True]
+    assert sum(one.due for one in again) == 4 + 3
+
+
+def test_every_member_is_checked_before_the_first_is_made(file: Callable[..., str], tmp_path: Path) -> None:
+    bad = {"train.batch_size": [32, -1], "optimizer.lr": [1e-3, "quick"]}
+    with pytest.raises(ConfigError) as raised:
+        plan(load_sweep(file(grid=bad)))
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 2  # each problem once, with a member that has it
+    assert "train.batch_size: found -1" in str(raised.value) and "optimizer.lr: found 'quick'" in str(
+        raised.value
+    )
+    assert all(" (in smoke-mae-" in line for line in lines)
+    odd = load_sweep(file(grid={"train.batch_size": [32, 33]}))
+    with pytest.raises(ConfigError, match="33 can't be shared equally by 2 ranks"):
+        make_ready(plan(odd), ranks=2)
+    assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"configs": ["smoke/mae", "smoke/moco"]}, "loss of mae and moco can't be compared"),
+        ({"early_stop": {"rule": "median", "metric": "knn/top1"}}, "has no evaluation knn with an `every`"),
+    ],
+)
+def test_a_rule_that_can_compare_nothing_is_refused(
+    file: Callable[..., str], changes: dict[str, Any], line: str
+) -> None:
+    asked = {"early_stop": {"rule": "halving", "metric": "loss"}, "grid": {"run.seed": [0, 1]}} | changes
+    with pytest.raises(ConfigError, match=line):
+        plan(load_sweep(file(**asked)))
+
+
+class Training:
+    """Stands for `keel train`: counts how many run at once, and ends as the run's name says."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.most, self.running = root, 0, list[subprocess.Popen[bytes]]()
+
+    def __call__(self, folder: Path, nproc: int) -> subprocess.Popen[bytes]:
+        ways = {
+            "bad": (1, "failed", None),
+            "early": (3, "stopped", "early_stop"),
+            "asked": (3, "stopped", "terminated"),
+        }
+        code, status, reason = ways.get(folder.name, (0, "done", "done"))
+        state = {"status": status, "attempts": [{"reason": reason}], "error": "by intention"}
+        script = (
+            f"import json, sys; open({str(folder / 'run.json')!r}, 'w').write({json.dumps(state)!r}); "
+            f"sys.exit({code})"
+        )
+        process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.DEVNULL)
+        self.running = [one for one in self.running if one.poll() is None] + [process]
+        self.most = max(self.most, len(self.running))
+        return process
+
+
+@pytest.mark.parametrize(
+    ("names", "code"), [(["a", "early", "b"], 0), (["a", "bad", "b", "asked"], 1), (["a", "asked"], 3)]
+)
+def test_here_they_run_so_many_at_a_time_and_one_failure_stops_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], code: int
+) -> None:
+    for name in names:
+        (tmp_path / name / "logs").mkdir(parents=True)
+        (tmp_path / name / "config.yaml").write_text("")
+    training = Training(tmp_path)
+    monkeypatch.setattr(sweeps, "_train", training)
+    said: list[str] = []
+    assert run_here([tmp_path / name for name in names], 1, 2, said.append) == code
+    assert sorted(line.partition(":")[0] for line in said) == sorted(names)
+    assert training.most == 2
+    if "bad" in names:
+        assert "bad: failed (by intention)" in said
+
+
+def test_a_sweep_trains_here_from_the_command_line(file: Callable[..., str], tmp_path: Path) -> None:
+    """Two real runs, a table of them, and nothing left to do the second time."""
+    path = file(grid={"run.seed": [0, 1]}, early_stop={"rule": "halving", "rungs": [0.5]})
+
+    def keel(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", "launch", *arguments], capture_output=True, text=True)
+
+    listed = keel("sweep", path, "--dry-run", "--json")
+    assert [run["submit"] for run in json.loads(listed.stdout)] == [True, True]
+    assert not (tmp_path / "sweep").exists()
+    done = keel("sweep", path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = json.loads(keel("runs", str(tmp_path / "sweep"), "--json").stdout)
+    assert [(run["state"], run["step"], run["objective"]) for run in runs] == [("done", 4, "mae")] * 2
+    again = keel("sweep", path)
+    assert again.returncode == 0
+    assert "2 runs, 0 to submit" in again.stdout
