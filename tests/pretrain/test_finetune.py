@@ -1,0 +1,127 @@
+"""Fine-tuning starts from the weights given, learns, and leaves the process's random state alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import DataError
+from data_pipeline import demo
+from data_pipeline.manifest import Manifest
+from data_pipeline.subset import write_subset
+from pretrain import encoders
+from pretrain.augmentation import Augmentation
+from pretrain.encoders import EncoderConfig
+from pretrain.encoders.finetuning import classifier, layerwise_groups, mixing
+from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy, fine_tune
+from pretrain.optimizers import OptimizerConfig
+from pretrain.types import Duration
+
+VIT = EncoderConfig(
+    name="vit_tiny_patch16_224",
+    args={"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2},
+    pooling="avg",
+    crop=1.0,
+)
+RESNET = EncoderConfig(name="resnet18", args={"layers": [1, 1, 1, 0], "channels": [8, 8, 16, 16]}, crop=1.0)
+SIZE = (32, 32)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    demo.make(demo.DemoConfig(name="digits"), folder)
+    return folder
+
+
+def start(config: EncoderConfig) -> Start:
+    torch.manual_seed(0)
+    return Start(config, SIZE, encoders.build(config, SIZE).state_dict())
+
+
+def recipe(steps: int) -> FineTuneConfig:
+    return FineTuneConfig(
+        duration=Duration(steps, "steps"),
+        batch_size=40,
+        optimizer=OptimizerConfig(lr=1e-2, warmup=Duration(2, "steps")),
+        augmentation=Augmentation(crop_scale=(0.7, 1.0), flip=0.0),
+        mixup=0.0, cutmix=0.0, erase=0.0, drop_path=0.0, layer_decay=0.9,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_a_classifier_holds_the_pretrained_weights(config: EncoderConfig) -> None:
+    begin = start(config)
+    model = classifier(config, SIZE, 10, begin.weights).eval()
+    assert model(torch.randn(2, 3, *SIZE)).shape == (2, 10)
+    own = model.state_dict()
+    kept = [name for name in begin.weights if name in own]
+    assert len(begin.weights) - len(kept) == (2 if config is VIT else 0), "a ViT gives up its last norm"
+    assert all(torch.equal(own[name], begin.weights[name]) for name in kept)
+
+
+def test_weights_of_another_network_are_refused() -> None:
+    begin = start(VIT)
+    without = {name: value for name, value in begin.weights.items() if "blocks.1.attn.qkv" not in name}
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv"):
+        classifier(VIT, SIZE, 10, without)
+
+
+def test_rates_fall_towards_the_input_and_vectors_do_not_decay() -> None:
+    model = classifier(VIT, SIZE, 10, start(VIT).weights)
+    groups = layerwise_groups(model, 0.5)
+    scales = {name: (g.lr_scale, g.weight_decay_scale) for g in groups for name, _ in g.parameters}
+    assert set(scales) == {name for name, p in model.named_parameters() if p.requires_grad}
+    # Table of MAE's code: layer i of L has decay^(L - i); the head is layer L = depth + 1.
+    assert scales["head.weight"] == (1.0, 1.0)
+    assert scales["blocks.1.mlp.fc1.weight"] == (0.5, 1.0)
+    assert scales["blocks.0.mlp.fc1.weight"] == (0.25, 1.0)
+    assert scales["patch_embed.proj.weight"] == (0.125, 1.0)
+    assert scales["blocks.1.mlp.fc1.bias"] == (0.5, 0.0)
+    assert scales["pos_embed"] == (0.125, 0.0)
+
+
+def test_mixing_blends_targets_as_it_blends_images() -> None:
+    np.random.seed(0)
+    images, labels = torch.zeros(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
+    images[:2] = 1.0
+    blended, target = mixing(4, mixup=0.8, cutmix=0.0, label_smoothing=0.0)(images, labels)
+    share = float(blended[0, 0, 0, 0])  # of the sample itself; the rest is its partner's, which is black
+    assert 0 < share < 1
+    torch.testing.assert_close(target[0], torch.tensor([share, 0.0, 0.0, 1 - share]))
+    assert float(images[0].min()) == 1.0, "what was given stays as it was"
+    same, smooth = mixing(4, mixup=0.0, cutmix=0.0, label_smoothing=0.1)(images, labels)
+    assert torch.equal(same, images)
+    torch.testing.assert_close(smooth[0], torch.tensor([0.925, 0.025, 0.025, 0.025]))
+
+
+def test_few_labels_are_learnt_repeatably_and_nothing_else_is_touched(digits: Path) -> None:
+    train, val = (digits / split / "manifest.json" for split in ("train", "val"))
+    begin = start(RESNET)
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    expected = float(torch.rand(1)), random.random(), float(np.random.rand())
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    learnt = few_shot_accuracy(begin, train, val, recipe(60), shots=8, draw=0)
+    assert (float(torch.rand(1)), random.random(), float(np.random.rand())) == expected
+    assert learnt > 30, "chance is 10"
+    assert few_shot_accuracy(begin, train, val, recipe(2), shots=8, draw=0) < learnt
+
+
+def test_the_same_seed_gives_the_same_network(digits: Path, tmp_path: Path) -> None:
+    few = write_subset(Manifest.load(digits / "train"), range(40), tmp_path / "few").path
+    one, other, third = (
+        fine_tune(start(RESNET), few, recipe(3), seed=seed).state_dict() for seed in (5, 5, 6)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert not torch.equal(one["fc.weight"], third["fc.weight"])
+
+
+def test_a_set_without_classes_is_refused(digits: Path, tmp_path: Path) -> None:
+    few = write_subset(Manifest.load(digits / "train"), range(4), tmp_path / "few")
+    Manifest(few.directory, few.shards, few.fields, (), few.about).save()
+    with pytest.raises(DataError, match="no class names"):
+        fine_tune(start(RESNET), few.path, recipe(2))
