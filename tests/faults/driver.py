@@ -57,6 +57,7 @@ class Case:
     faults: list[str]
     seed: int
     attempts: list[str] = field(default_factory=list)  # how each ended
+    wrong: str = ""  # what the proof failed of
 
 
 def make_data(folder: Path) -> Path:
@@ -127,10 +128,10 @@ class Run:
         return 0
 
 
-def play(run: Run, names: list[str], seed: int) -> Case:
-    """Let the faults `names` happen to `run`, one an attempt, then let it finish."""
-    case, chance = Case(names, seed), random.Random(seed)
-    for name in names:
+def play(run: Run, case: Case) -> Case:
+    """Let the case's faults happen to `run`, one an attempt, then let it finish."""
+    chance = random.Random(case.seed)
+    for name in case.faults:
         if name in BETWEEN:
             _between(run, name, chance, case)
         else:
@@ -273,19 +274,16 @@ def check(run: Run, case: Case, straight: Run) -> None:
 
 
 def table(cases: list[Case]) -> str:
-    """Faults by outcomes: how the attempts that met them ended, and how many of the runs were right."""
+    """Faults by outcomes: in how many runs, how their attempts ended, and which runs weren't right."""
+    ends = ("killed", "error", "refused", "terminated", "done")
     met: dict[str, Counter[str]] = {}
     for case in cases:
-        for name in case.faults:
-            met.setdefault(name, Counter())["runs"] += 1
-            for how in case.attempts:
-                met[name][how.split(":")[0]] += 1
-    ends = ("killed", "error", "refused", "terminated", "done")
-    lines = [f"{'fault':<24}{'runs':>6}{'right':>7}  attempts: " + "".join(f"{end:>11}" for end in ends)]
-    for name in sorted(met):
-        counts = met[name]
-        lines.append(
-            f"{name:<24}{counts['runs']:>6}{counts['runs']:>7}            "
-            + "".join(f"{counts[end]:>11}" for end in ends)
-        )
-    return "\n".join(lines)
+        for name in set(case.faults):
+            counts = met.setdefault(name, Counter())
+            counts.update(how.split(":")[0] for how in case.attempts)
+            counts["right" if not case.wrong else "wrong"] += 1
+    columns = ("right", "wrong", *ends)
+    head = f"{'runs with this fault':<24}" + "".join(f"{name:>11}" for name in columns)
+    lines = [f"{name:<24}" + "".join(f"{met[name][c]:>11}" for c in columns) for name in sorted(met)]
+    bad = [f"wrong: seed {case.seed}, {', '.join(case.faults)}: {case.wrong}" for case in cases if case.wrong]
+    return "\n".join([head, *lines, *bad])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory, data: Path, request: pyte
 @pytest.mark.parametrize("fault", EVERY_FAULT)
 def test_a_run_survives(ranks: Ranks, tmp_path: Path, data: Path, straight: Run, fault: str) -> None:
     run = Run(tmp_path, data, ranks, workers=int(fault == "worker killed"))
-    case = play(run, [fault], seed=EVERY_FAULT.index(fault))
+    case = play(run, Case([fault], seed=EVERY_FAULT.index(fault)))
     if "kill" in fault and fault not in ("worker killed", "kill at a random time"):
         assert "killed" in case.attempts  # the fault did happen
     check(run, case, straight)
@@ -37,7 +38,13 @@ def test_a_run_survives(ranks: Ranks, tmp_path: Path, data: Path, straight: Run,
 
 @pytest.mark.torture
 @pytest.mark.timeout(7200)
-def test_torture(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory, data: Path, straight: Run) -> None:
+def test_torture(
+    ranks: Ranks,
+    tmp_path_factory: pytest.TempPathFactory,
+    data: Path,
+    straight: Run,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """KEEL_TORTURE_CASES runs (200), each with one to three faults; KEEL_TORTURE_SEED (0) chooses them."""
     count, seed = (
         int(os.environ.get(f"KEEL_TORTURE_{name}", d)) for name, d in (("CASES", 200), ("SEED", 0))
@@ -47,6 +54,14 @@ def test_torture(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory, data: P
         chance = random.Random(f"{seed} {number}")
         names = [chance.choice(EVERY_FAULT) for _ in range(chance.randint(1, 3))]
         run = Run(tmp_path_factory.mktemp("case"), data, ranks, workers=chance.choice([0, 1]))
-        cases.append(play(run, names, seed=number))
-        check(run, cases[-1], straight)
-    print(f"\n{count} runs, seed {seed}: none lost, no sample lost or repeated\n{table(cases)}")
+        cases.append(Case(names, number))
+        try:
+            play(run, cases[-1])
+            check(run, cases[-1], straight)
+        except AssertionError as error:
+            cases[-1].wrong = str(error).splitlines()[0]
+        shutil.rmtree(run.root.parent)
+        if (number + 1) % 20 == 0 or number + 1 == count:
+            with capsys.disabled():
+                print(f"\n{number + 1} of {count} runs, seed {seed}\n{table(cases)}", flush=True)
+    assert [case for case in cases if case.wrong] == []

@@ -235,6 +235,26 @@ def test_nothing_outlives_a_killed_launcher(tmp_path: Path, digits: Path) -> Non
     wait_for(lambda: not processes_with_environment(f"KEEL_TEST_RUN={run}"), seconds=60)
 
 
+def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, digits: Path) -> None:
+    """Its launcher starts all ranks again, from the newest checkpoint."""
+    run = tmp_path / "run"
+    launcher = start(
+        "train", "smoke/mae", "--nproc", 2, f"run.dir={run}", f"data.manifest={digits}", "data.workers=0",
+        "checkpoint.every=2 steps", "train.duration=200 steps",
+    )  # fmt: skip
+    wait_for(lambda: len(rows(run)) >= 3 or launcher.poll() is not None)
+    log = (run / "logs" / "rank-00001.log").read_text()
+    told = re.search(r"rank 1 of 2, process (\d+) on", log)
+    assert told is not None, log
+    os.kill(int(told[1]), signal.SIGKILL)
+    said, _ = launcher.communicate(timeout=240)
+    assert launcher.returncode == 0, said
+    assert "rank 1 failed first (killed by SIGKILL" in said
+    assert "starting again from the newest checkpoint; 2 restarts are left" in said
+    assert [row["step"] for row in rows(run)] == list(range(1, 201))
+    assert {row["attempt"] for row in rows(run)} == {1, 2}
+
+
 def processes_with_environment(setting: str) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):

@@ -12,8 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from configs.loading import dump, load
 from launch import local
 from launch.local import supervise
+from pretrain.config import RunConfig
+from pretrain.folder import RunFolder
 
 PREAMBLE = """
 import os, signal, sys, time
@@ -214,3 +217,36 @@ def test_the_launcher_gets_its_signal_handlers_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     run(tmp_path, "")
     assert before == (signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+
+@pytest.mark.parametrize(
+    ("end", "again"),
+    [("os.kill(os.getpid(), signal.SIGKILL)", True), ("os._exit(5)", True), ("os._exit(1)", False)],
+    ids=["killed", "hung", "failed"],
+)
+def test_only_what_may_go_well_next_time_is_started_again(tmp_path: Path, end: str, again: bool) -> None:
+    command = rank_script(tmp_path, f"if rank == 1: {end}\ntime.sleep(60)")
+    assert local.supervised(command, 2, tmp_path / "logs", {}) == (1, again)
+
+
+def test_who_was_asked_to_leave_is_not_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = "if rank == 0: os.kill(os.getppid(), signal.SIGTERM)\nsleep_until(lambda: asked)\nos._exit(5)"
+    assert local.supervised(rank_script(tmp_path, body), 2, tmp_path / "logs", {}) == (1, False)
+
+
+@pytest.mark.parametrize(("failures", "code", "starts"), [(2, 0, 3), (9, 1, 4)])
+def test_restarts_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, code: int, starts: int
+) -> None:
+    folder = RunFolder(tmp_path)
+    settings = [f"run.dir={tmp_path}", "train.health.restarts=3"]
+    folder.config_file.write_text(dump(load("smoke/mae", RunConfig, settings)))
+    begun: list[int] = []
+
+    def once(folder: RunFolder, nproc: int, threads: int) -> tuple[int, bool]:
+        begun.append(nproc)
+        return (1, True) if len(begun) <= failures else (0, False)
+
+    monkeypatch.setattr(local, "_once", once)
+    assert local.launch(folder, 2) == code
+    assert begun == [2] * starts
