@@ -79,9 +79,9 @@ def view(
     count: Annotated[int, typer.Option(min=1, help="samples")] = 16,
     position: Annotated[int, typer.Option(min=0, help="samples consumed before the first one")] = 0,
 ) -> None:
-    """Draw a contact sheet: raw pictures beside what training makes of them."""
+    """Draw a contact sheet: raw pictures above what training makes of them, with key, class and caption."""
     from configs.loading import load
-    from data_pipeline.load import DataConfig
+    from data_pipeline.config import DataConfig
     from data_pipeline.types import RandomResizedCrop, ViewSpec
     from data_pipeline.view import contact_sheet
     from pretrain.config import RunConfig

@@ -23,9 +23,8 @@ from data_pipeline.pack import pack
 from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader
 from data_pipeline.shapes import COLOURS, PLACES, SHAPES, SIZES, TEXTURES, V3, draw
 from data_pipeline.stats import stats
-from data_pipeline.types import CenterCrop, RandomResizedCrop, ViewSpec
+from data_pipeline.types import CenterCrop, ViewSpec
 from data_pipeline.verify import verify
-from data_pipeline.view import contact_sheet
 from tests.data_pipeline.sets import encoded, numbered_set, photograph, sample, write_set
 
 
@@ -314,20 +313,3 @@ def test_stats_count(tmp_path: Path) -> None:
     assert (found.shard_samples[0], found.shard_samples[-1]) == (15, 25)
     assert found.fields["cls"].total == 40 and found.fields["png"].samples == 40
     assert found.labels == {str(label): 4 for label in range(10)} and set(found.heights) == {12}
-
-
-def test_a_contact_sheet_shows_what_training_sees(tmp_path: Path) -> None:
-    manifest = numbered_set(tmp_path / "set", [30])
-    view = ViewSpec((16, 16), RandomResizedCrop())
-    config = DataConfig(manifest=manifest.path, workers=0)
-    contact_sheet(config, [view], tmp_path / "sheet.png", seed=4, position=7, count=5, cell=16)
-    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
-    with build_loader(
-        config, [view], needs=frozenset({"views"}), seed=4, batch_size=5, rank=0, world_size=1, position=7
-    ) as batches:
-        batch = next(batches)
-    for row in range(5):
-        top = 4 + row * (16 + 12 + 4)
-        shown = sheet[top : top + 16, 24:40]
-        assert np.abs(shown.astype(int) - batch.views[0][row].permute(1, 2, 0).numpy()).max() <= 1
-        assert sheet[top + 8, 12, 0] == batch.index[row]
