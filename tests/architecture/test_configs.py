@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.loading import PACKAGED, Config, dump, load, validate
 from configs.sweep import SweepConfig
 from launch.cluster import ClusterConfig
+from pretrain import encoders
 from pretrain.config import RunConfig
+from pretrain.types import BuildContext
 
-SCHEMAS: dict[str, type[Config]] = dict.fromkeys(("demo", "smoke", "mae", "moco"), RunConfig) | {
+SCHEMAS: dict[str, type[Config]] = dict.fromkeys(
+    ("demo", "smoke", "mae", "moco", "moco_v3", "clip"), RunConfig
+) | {
     "clusters": ClusterConfig,
     "sweeps": SweepConfig,
 }
@@ -37,6 +42,32 @@ def test_it_is_a_claim(path: Path) -> None:
     assert path.read_text().startswith("# ")
     said = [line.split()[1] for line in heading if len(line.split()) > 1]
     assert {"Command", "Expect"} <= set(said)
+
+
+RUNS = [path for path in FILES if path.relative_to(PACKAGED).parts[0] in RECIPES]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(PACKAGED)))
+def test_its_model_can_be_built(path: Path) -> None:
+    """On the meta device, as before a run: encoder arguments, heads, towers and tokenizer fit."""
+    config = load(path, RunConfig)
+    size = config.data.image_size
+    image_size = size if isinstance(size, tuple) else (size, size)
+    tokenizer = config.data.tokenizer
+    with torch.device("meta"):
+        encoder = encoders.build(config.encoder, image_size)
+        context = BuildContext(
+            encoder, image_size, 1_281_167, config.train.batch_size, config.train.autocast,
+            vocabulary=tokenizer.vocabulary if tokenizer else None,
+            text_length=tokenizer.context if tokenizer else None,
+        )  # fmt: skip
+        objective = config.objective.build(context)
+    config.optimizer.require_possible(config.train.zero_stage)
+    config.optimizer.schedule_for(
+        config.train.batch_size, 1_281_167, config.train.duration.steps(config.train.batch_size, 1_281_167)
+    )
+    grouped = [name for group in objective.param_groups() for name, _ in group.parameters]
+    assert sorted(grouped) == sorted(name for name, p in objective.named_parameters() if p.requires_grad)
 
 
 def test_there_are_configs() -> None:
