@@ -14,9 +14,8 @@ from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.types import BuildContext
 
-SCHEMAS: dict[str, type[Config]] = dict.fromkeys(
-    ("demo", "smoke", "mae", "moco", "moco_v3", "clip"), RunConfig
-) | {
+RECIPES = ("demo", "smoke", "mae", "moco", "moco_v3", "clip")
+SCHEMAS: dict[str, type[Config]] = dict.fromkeys(RECIPES, RunConfig) | {
     "clusters": ClusterConfig,
     "sweeps": SweepConfig,
 }
