@@ -131,6 +131,12 @@ def a_line_each(said: Said, *parts: str) -> None:
         assert part in line
 
 
+def test_forks_and_replays_of_nothing(keel: Callable[..., Said], tmp_path: Path) -> None:
+    a_line_each(keel("train", "smoke/mae", "--step", 3), "--step and --anew belong to --fork RUN")
+    a_line_each(keel("train", "smoke/mae", "--anew"), "--step and --anew belong to --fork RUN")
+    a_line_each(keel("replay", tmp_path, "--step", 3), f"{tmp_path}: not a run folder")
+
+
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
@@ -240,7 +246,7 @@ def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, digits: Path) -> Non
     run = tmp_path / "run"
     launcher = start(
         "train", "smoke/mae", "--nproc", 2, f"run.dir={run}", f"data.manifest={digits}", "data.workers=0",
-        "checkpoint.every=2 steps", "train.duration=200 steps",
+        "checkpoint.every=25 steps", "train.duration=150 steps",
     )  # fmt: skip
     wait_for(lambda: len(rows(run)) >= 3 or launcher.poll() is not None)
     log = (run / "logs" / "rank-00001.log").read_text()
@@ -251,7 +257,7 @@ def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, digits: Path) -> Non
     assert launcher.returncode == 0, said
     assert "rank 1 failed first (killed by SIGKILL" in said
     assert "starting again from the newest checkpoint; 2 restarts are left" in said
-    assert [row["step"] for row in rows(run)] == list(range(1, 201))
+    assert [row["step"] for row in rows(run)] == list(range(1, 151))
     assert {row["attempt"] for row in rows(run)} == {1, 2}
 
 
