@@ -159,6 +159,7 @@ class DeepSpeedEngine:
         self._accumulation, self._clip = accumulation, gradient_clip
         self._names = {p: name for name, p in objective.named_parameters()}
         self._micro_batches = 0  # backward passes since the last step
+        self._unsound = torch.zeros((), device=self.device)  # of them, those whose loss wasn't finite
         self._shards = fragments.shards(engine)
         self._statistics = Statistics(objective)
         self._buffers = state.HostBuffers()
@@ -177,6 +178,7 @@ class DeepSpeedEngine:
             raise RuntimeError(f"{self._accumulation} micro-batches were taken; call step()")
         self._micro_batches += 1
         self._engine.set_gradient_accumulation_boundary(self._micro_batches == self._accumulation)
+        self._unsound += ~loss.detach().isfinite()
         if self.loss_scale is not None:
             loss = self._scaled(loss, self.loss_scale.value)
         self._engine.backward(loss)
@@ -188,7 +190,7 @@ class DeepSpeedEngine:
         return loss
 
     def step(self, settings: StepSettings) -> ZeroUpdate | None:
-        """Apply the accumulated gradients; None, with nothing changed, where their norm isn't finite.
+        """Apply the accumulated gradients; None, with nothing changed, where they or a loss aren't finite.
 
         Reads one number from the device. DeepSpeed before 0.19.8 applied NaN, and stage 0 still does.
         """
@@ -221,13 +223,12 @@ class DeepSpeedEngine:
         return ZeroUpdate(norm, self._shards, self._names)
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Global L2 norm, () float32, of gradients that are whole (stage 0) or shards."""
+        """Global L2 norm, () float32, of gradients that are whole (stage 0) or shards; NaN for a bad loss."""
         norm = nn.utils.get_total_norm(gradients).to(self.device, torch.float32)
-        if self.zero_stage:
-            norm.square_()
-            dist.all_reduce(norm)
-            norm.sqrt_()
-        return norm
+        told = torch.stack([norm.square(), self._unsound])
+        dist.all_reduce(told)
+        self._unsound = torch.zeros_like(self._unsound)
+        return torch.where(told[1] > 0, torch.nan, told[0].sqrt() if self.zero_stage else norm)
 
     @contextmanager
     def whole_parameters(self) -> Iterator[nn.Module]:

@@ -27,7 +27,11 @@ def straight(tmp_path_factory: pytest.TempPathFactory, data: Path, request: pyte
     return run
 
 
-@pytest.mark.parametrize("fault", EVERY_FAULT)
+TORTURE_ONLY = ("kill after writing", "kill before publishing", "file removed", "index truncated")
+"""So much like another one that the short form does without."""
+
+
+@pytest.mark.parametrize("fault", [name for name in EVERY_FAULT if name not in TORTURE_ONLY])
 def test_a_run_survives(ranks: Ranks, tmp_path: Path, data: Path, straight: Run, fault: str) -> None:
     run = Run(tmp_path, data, ranks, workers=int(fault == "worker killed"))
     case = play(run, Case([fault], seed=EVERY_FAULT.index(fault)))
