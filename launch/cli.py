@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError
-from launch import cli_checkpoint, cli_data, cli_replay, cli_runs, cli_submit, cli_sweep
+from launch import cli_checkpoint, cli_data, cli_doctor, cli_replay, cli_runs, cli_submit, cli_sweep
 from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 
 DEMO = Path("runs/demo")
@@ -35,6 +35,7 @@ app.command()(cli_submit.submit)
 app.command()(cli_replay.replay)
 cli_runs.add_to(app)
 app.command()(cli_sweep.sweep)
+app.command()(cli_doctor.doctor)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")]

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,22 @@ def requeue(job_id: str, timeout: float = 30.0) -> None:
     """
     ignoring = ["env", "--ignore-signal=TERM", "--ignore-signal=CONT"]
     _command([*ignoring, "scontrol", "requeue", job_id], timeout)
+
+
+def would_accept(script: str, timeout: float = 20.0) -> tuple[bool | None, str]:
+    """(whether SLURM would take this batch script, in its own words); None where it can't be asked."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as file:
+        file.write(script)
+        file.flush()
+        try:
+            code, _, err = _run(["sbatch", "--test-only", file.name], timeout)
+        except OSError:
+            return None, "sbatch isn't here"
+        except subprocess.TimeoutExpired:
+            return None, f"SLURM didn't answer in {timeout:g} s"
+    said = " ".join(err.split()) or "no word from sbatch"
+    unasked = any(sign in said for sign in ("Unable to contact", "configuration source"))
+    return (None if unasked else code == 0), said
 
 
 def time_left(job_id: str, timeout: float = 5.0) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 import time
 from pathlib import Path
@@ -177,3 +178,15 @@ def test_the_users_own_formats_are_left_out(site: Site, monkeypatch: pytest.Monk
     monkeypatch.setenv("SQUEUE_FORMAT", "%i")
     site.command("squeue", '[ -z "$SQUEUE_FORMAT" ] && echo "4|RUNNING|None|n1|0|0|"')
     assert queue.states(["4"])["4"].state == "RUNNING"
+
+
+def test_a_script_is_judged_by_slurms_own_words(site: Site, tmp_path: Path) -> None:
+    site.command(
+        "sbatch", 'grep -q gpu "$2" && { echo "sbatch: error: invalid partition" >&2; exit 1; }; echo ok >&2'
+    )
+    assert queue.would_accept("#!/bin/sh\n") == (True, "ok")
+    assert queue.would_accept("#SBATCH -p gpu\n") == (False, "sbatch: error: invalid partition")
+    site.says("sbatch", err="sbatch: error: Unable to contact slurm controller", code=1)
+    assert queue.would_accept("")[0] is None
+    (tmp_path / "sbatch").unlink()
+    assert shutil.which("sbatch") is not None or queue.would_accept("") == (None, "sbatch isn't here")

@@ -16,6 +16,7 @@ from configs.errors import ConfigError
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
 from launch import sweep as sweeps
+from launch.cli import main
 from launch.cluster import ClusterConfig
 from launch.sweep import load_sweep, make_ready, plan, run_here, start
 
@@ -159,20 +160,26 @@ def test_here_they_run_so_many_at_a_time_and_one_failure_stops_none(
         assert "bad: failed (by intention)" in said
 
 
-def test_a_sweep_trains_here_from_the_command_line(file: Callable[..., str], tmp_path: Path) -> None:
+def test_a_sweep_trains_here_from_the_command_line(
+    file: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     """Two real runs, a table of them, and nothing left to do the second time."""
     path = file(grid={"run.seed": [0, 1]}, early_stop={"rule": "halving", "rungs": [0.5]})
 
-    def keel(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "launch", *arguments], capture_output=True, text=True)
+    def keel(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["keel", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capfd.readouterr()
+        assert not ended.value.code, said
+        return said.out
 
-    listed = keel("sweep", path, "--dry-run", "--json")
-    assert [run["submit"] for run in json.loads(listed.stdout)] == [True, True]
+    assert [run["submit"] for run in json.loads(keel("sweep", path, "--dry-run", "--json"))] == [True, True]
     assert not (tmp_path / "sweep").exists()
-    done = keel("sweep", path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    runs = json.loads(keel("runs", str(tmp_path / "sweep"), "--json").stdout)
+    keel("sweep", path)
+    runs = json.loads(keel("runs", str(tmp_path / "sweep"), "--json"))
     assert [(run["state"], run["step"], run["objective"]) for run in runs] == [("done", 4, "mae")] * 2
-    again = keel("sweep", path)
-    assert again.returncode == 0
-    assert "2 runs, 0 to submit" in again.stdout
+    assert "2 runs, 0 to submit" in keel("sweep", path)
