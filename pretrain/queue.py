@@ -35,6 +35,10 @@ class Queue(nn.Module):
         self.keys.index_copy_(0, places, kept)
         self.written += count
 
+    def age(self, keys_a_step: int) -> Tensor:
+        """() float32: steps since the oldest of its real keys was made."""
+        return self.written[0].clamp(max=len(self)).float() / keys_a_step
+
     def filled(self) -> Tensor:
         """() float32: share of the ring that holds real keys and not the random ones it began with."""
         return (self.written[0] / len(self)).clamp(max=1.0).float()

@@ -95,7 +95,7 @@ class MoCo(Objective):
     def __init__(self, config: MoCoConfig, context: BuildContext) -> None:
         super().__init__()
         self.config, self.autocast_dtype = config, context.autocast
-        self.micro_batch_size = context.micro_batch_size
+        self.micro_batch_size, self.batch_size = context.micro_batch_size, context.batch_size
         self.encoder = convert(context.encoder, *parse(config.batch_norm))
         feature = encoders.width(self.encoder)
         hidden = [feature] if config.head == "mlp" else []
@@ -156,6 +156,7 @@ class MoCo(Objective):
             "negative_similarity": similarity[:, 1:].mean(),
             "top1": (logits.argmax(dim=1) == 0).float().mean() * 100,
             "queue_filled": self.queue.filled(),
+            "queue_age": self.queue.age(self.batch_size),
         }
 
     def after_step(self, update: Update, progress: Progress) -> None:

@@ -35,3 +35,12 @@ def test_one_large_batch_is_many_small_ones() -> None:
     for part in keys.split(4):
         many.enqueue(part)
     assert torch.equal(one.keys, many.keys) and torch.equal(one.written, many.written)
+
+
+def test_its_age_is_that_of_the_oldest_real_key() -> None:
+    queue = Queue(10, 3)
+    ages = []
+    for _ in range(5):
+        ages.append(queue.age(4).item())
+        queue.enqueue(torch.randn(4, 3))
+    assert ages == [0, 1, 2, 2.5, 2.5]

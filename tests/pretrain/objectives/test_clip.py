@@ -15,8 +15,9 @@ from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import encoders
 from pretrain.encoders import EncoderConfig
+from pretrain.engines import deepspeed, processes
 from pretrain.objectives.clip import CLIP, CLIPConfig
-from pretrain.types import BuildContext, Progress
+from pretrain.types import BuildContext, Embeddings, LossOutput, Progress, StepSettings
 
 VIT = EncoderConfig(
     name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -157,6 +158,46 @@ def test_impossible_settings_are_one_line(
 ) -> None:
     with pytest.raises(ConfigError, match=message), torch.device("meta"):
         make(encoder, context, **changes)
+
+
+class Driven(CLIP):
+    """Its loss only wants a larger scale."""
+
+    def loss(self, embeddings: Embeddings, progress: Progress) -> LossOutput:
+        output = super().loss(embeddings, progress)
+        return output._replace(loss=output.loss * 0 - 5 * self.logit_scale.sum())
+
+
+def scale_after(stage: int) -> list[float]:
+    """The log scale after a step that drives it beyond its bound, and after one more of rate 0."""
+    here = processes.start("cpu")
+    model = make(start_scale=90.0, text=TEXT | {"width": 400})  # wide enough for ZeRO-3 to take it apart
+    model.__class__ = Driven
+    engine = deepspeed.initialize(
+        model,
+        lambda groups: torch.optim.SGD([{"params": [p for _, p in g.parameters]} for g in groups], lr=1.0),
+        here,
+        micro_batch=8 // here.world_size,
+        zero_stage=stage,
+    )
+    found = []
+    for step, rate in enumerate((1.0, 0.0)):
+        share = list(batch_of().split(8 // here.world_size))[here.rank]
+        engine.backward(engine.forward(share, CLOCK).loss)
+        update = engine.step(StepSettings(lr=rate, weight_decay=0.0))
+        assert update is not None
+        model.after_step(update, Progress(step + 1, 0, 10, 100))
+        with engine.whole_parameters() as whole:
+            found.append(float(whole.get_parameter("logit_scale")))
+    engine.close()
+    processes.stop()
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_scale_is_bounded_in_the_master_too(ranks: Any, stage: int) -> None:
+    for found in ranks(2, scale_after, stage=stage):
+        assert found == [pytest.approx(math.log(100), abs=1e-6)] * 2
 
 
 def test_a_tower_without_batch_norm_takes_any_micro_batch() -> None:
