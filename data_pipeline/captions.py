@@ -67,6 +67,10 @@ def texts(place: Place, payload: bytes) -> list[str]:
     wrong = next((one for one in found if not isinstance(one, str)), None)
     if wrong is not None:
         raise ValueError(f"a caption is a text or a list of texts, found {type(wrong).__name__}")
+    try:
+        "".join(found).encode()
+    except UnicodeEncodeError:  # JSON can spell what UTF-8 can't
+        raise ValueError("isn't text: half of a surrogate pair") from None
     return [stripped for one in found if (stripped := one.strip())]
 
 

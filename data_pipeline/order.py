@@ -47,6 +47,7 @@ class Order:
         self.seed, self.streams, self.window = seed, streams, window
         self._epochs: OrderedDict[int, tuple[Int64s, Int64s]] = OrderedDict()
         self._windows: OrderedDict[tuple[int, int, int], npt.NDArray[np.uint32]] = OrderedDict()
+        self._kept = 8  # windows: twice as many as are asked for at a time, which is few on one of many ranks
 
     def take(self, positions: Int64s) -> Places:
         """The samples at `positions` (int64, >= 0, in any order)."""
@@ -78,6 +79,7 @@ class Order:
         # One lookup per window touched: sorting groups the positions by (stream, window).
         group = np.lexsort((window, stream))
         bounds = np.flatnonzero(np.diff(stream[group]) | np.diff(window[group])) + 1
+        self._kept = max(self._kept, 2 * (len(bounds) + 1))
         for members in np.split(group, bounds):
             first = members[0]
             c, k = int(stream[first]), int(window[first])
@@ -102,7 +104,7 @@ class Order:
         if place not in self._windows:
             drawn = permutation(key(self.seed, _WINDOW, epoch, stream, window), size)
             self._windows[place] = drawn.astype(np.uint32)
-            while len(self._windows) > 2 * self.streams:
+            while len(self._windows) > self._kept:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(place)
         return self._windows[place]

@@ -36,8 +36,8 @@ def label_in(payload: bytes) -> int:
     if not shown.lstrip("-").isdecimal():
         raise ValueError(f"a label is a whole number, found {shown!r}")
     label = int(shown)
-    if label < 0:
-        raise ValueError(f"a label is at least 0, found {label}")
+    if not 0 <= label < 1 << 31:
+        raise ValueError(f"a label is a number from 0 to 2**31 - 1, found {label}")
     return label
 
 

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import DataError
+from data_pipeline.captions import drawn, places, texts
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.index import Index, index_shard, sealed
 from data_pipeline.indexing import expanded
@@ -22,6 +23,7 @@ from data_pipeline.load import sequential
 from data_pipeline.manifest import Manifest, Shard, save_index
 from data_pipeline.read import Reader
 from data_pipeline.shards import write_shard
+from data_pipeline.tokenize import Tokenizer, TokenizerConfig, train
 from data_pipeline.types import CenterCrop, ViewSpec
 from tests.data_pipeline.sets import encoded, numbered_set, photograph, sample
 
@@ -78,6 +80,12 @@ def test_pictures(data: bytes) -> None:
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     return numbered_set(tmp_path_factory.mktemp("set"), [3, 2])
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    content = train(["a caption", "another caption"], 300)
+    return Tokenizer(TokenizerConfig(path=Path("t.json"), context=16), content)
 
 
 def read_all(manifest: Manifest) -> None:
@@ -149,6 +157,26 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
+
+
+@FUZZ
+@given(data=st.data())
+def test_captions_in_any_bytes(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Text and JSON mutated, or any value put in any place."""
+    content = {"caption": data.draw(JSON), "deep": {"captions": data.draw(JSON)}}
+    payload = json.dumps(content).encode()
+    if data.draw(st.booleans()):
+        payload = data.draw(mutations(payload))
+    place = data.draw(
+        st.sampled_from(places(["txt", "json", "json.caption", "json.deep.captions"], ["json", "txt"]))
+    )
+    try:
+        caption = drawn(texts(place, payload), 0.5)
+    except ValueError as error:
+        assert "\n" not in str(error)
+        return
+    row = tokenizer.encode(caption)
+    assert len(row) == 16 and row.max() == tokenizer.end and (row == tokenizer.end).sum() == 1
 
 
 @FUZZ
