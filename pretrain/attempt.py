@@ -158,8 +158,7 @@ def _abandon(listeners: Sequence[Listener], error: BaseException) -> None:
     ill = isinstance(error, TroubleError)  # the same on every rank, and the run may go on
     for each in listeners:
         if isinstance(each, tracking.Track):
-            for tracker in each.trackers:
-                tracker.finish("given up" if ill else "failed")
+            each.fail("given up" if ill else "failed")
         elif ill and isinstance(each, checkpoint.Checkpointer):
             each.settle()
         elif isinstance(error, TroubleError) and isinstance(each, Heartbeat):

@@ -140,10 +140,10 @@ class Track:
         for tracker in self.trackers:
             tracker.pictures(step, images)
 
-    def fail(self) -> None:
-        """The run ends by an error."""
+    def fail(self, status: str = "failed") -> None:
+        """The run ends by an error, or its attempt is given up."""
         for tracker in self.trackers:
-            tracker.finish("failed")
+            tracker.finish(status)
 
     def finish(self, progress: Progress, reason: StopReason) -> None:
         for tracker in self.trackers:
