@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -66,7 +66,8 @@ def trace(name: str, stage: int, accumulation: int, optimizer: str) -> Trace:
     here = processes.start("cpu")
     objective = build(name, here.world_size, accumulation)
     micro = BATCH // here.world_size // accumulation
-    make = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    # With the usual eps of 1e-8 a gradient that is rounding alone would move its parameter by a whole rate.
+    make = torch.optim.SGD if optimizer == "sgd" else partial(torch.optim.AdamW, eps=1e-5)
     engine = deepspeed.initialize(
         objective,
         lambda groups: make([{"params": [p for _, p in group.parameters]} for group in groups], lr=RATE),
