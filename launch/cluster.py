@@ -34,7 +34,7 @@ class ClusterConfig(Config):
     signal_delay: PositiveInt = Field(120, description="seconds before the time limit that SIGUSR2 comes")
     max_restarts: NonNegativeInt = 100  # times a job may requeue itself
     extra: Mapping[str, str | int | bool] = {}  # any further option of sbatch: {mail-type: END}
-    setup: Sequence[str] = ()  # shell lines before the ranks start: module load cuda
+    setup: tuple[str, ...] = ()  # shell lines before the ranks start: module load cuda
     environment: Mapping[str, str] = {}  # variables, such as NCCL_SOCKET_IFNAME
     container: str | None = None  # a command in front of Python: apptainer exec --nv keel.sif
     python: str | None = None  # on the nodes; by default the one that submits
