@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.errors import ConfigError
 from configs.loading import load
 from data_pipeline.types import Batch
 from pretrain import collectives, encoders
@@ -18,6 +19,10 @@ from pretrain.accumulation import accumulate_for
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.engines import deepspeed, processes
+from pretrain.evaluate import evaluate
+from pretrain.evaluators import schedule
+from pretrain.evaluators.zero_shot import ZeroShotConfig
+from pretrain.run import prepare
 from pretrain.types import BuildContext, Objective, Progress, StepSettings, WholeBatchObjective
 from tests.pretrain.test_run import Ranks, config_for, digits, run_on
 
@@ -154,3 +159,30 @@ def test_a_whole_run_is_one_ranks(ranks: Ranks, tmp_path: Path, digits: Path, na
     cut = ("train.micro_batch_size=8", "train.zero_stage=3")
     config = config_for(tmp_path / "cut", digits, *RUN, *cut, smoke=name)
     assert run_on(ranks, 2, config) == pytest.approx(alone, rel=1e-4)
+
+
+def test_a_whole_clip_run_with_captions_and_zero_shot(ranks: Ranks, tmp_path: Path) -> None:
+    """Demo data and tokenizer are made, ranks agree, and the score is that of the finished run."""
+    data = tmp_path / "data"
+    zero_shot = f'{{kind: zero_shot, data: {data}/shapes, templates: ["a {{}}", "there is a {{}}"]}}'
+    common = [
+        *RUN, f"data.manifest={data}/shapes/train/manifest.json", f"data.tokenizer.path={data}/words.json",
+        f"evaluate=[{zero_shot}]",
+    ]  # fmt: skip
+    found = []
+    for count, own in ((1, ["train.zero_stage=0"]), (2, ["train.micro_batch_size=8", "train.zero_stage=2"])):
+        root = tmp_path / f"{count}"
+        config = load("configs/smoke/clip.yaml", RunConfig, [f"run.dir={root}", *common, *own])
+        losses = run_on(ranks, count, config)
+        [row] = schedule.read(root / "evaluations.jsonl")
+        found.append((losses, row["values"]))
+        again = ZeroShotConfig(data=data / "shapes", templates=("a {}", "there is a {}")).placed()
+        assert dict(evaluate(str(root), [again])[0].values) == pytest.approx(row["values"])
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+
+
+def test_a_tower_of_another_vocabulary_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    overrides = [f"run.dir={tmp_path}/run", "data.demo.samples=64", "objective.text.vocabulary=321"]
+    with pytest.raises(ConfigError, match=r"objective\.text\.vocabulary: found 321, .* knows \d+ tokens"):
+        prepare(load("configs/smoke/clip.yaml", RunConfig, overrides), world_size=1)
+    assert not (tmp_path / "run/config.yaml").exists()
