@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import traceback
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -101,32 +102,47 @@ def evaluate(
     evaluate.show(evaluate.evaluate(source, settings or (), step), as_json=as_json)
 
 
+class ExportFormat(StrEnum):
+    """What opens an export."""
+
+    timm = "timm"
+    open_clip = "open_clip"
+
+
 @app.command()
 def export(
     run: Run,
-    to: Annotated[Path, typer.Option(help="folder to make, for timm's local-dir:")],
+    to: Annotated[Path, typer.Option(help="folder to make, for timm's or open_clip's local-dir:")],
+    form: Annotated[
+        ExportFormat, typer.Option("--format", help="the encoder for timm, or both towers for open_clip")
+    ] = ExportFormat.timm,
     step: Step = None,
     force: Annotated[bool, typer.Option("--force", help="replace an older export there")] = False,
     licence: Annotated[str, typer.Option(help="of the weights, for the model card")] = "other",
 ) -> None:
-    """Write the encoder as a timm folder; done when a fresh process got the same numbers from it."""
-    from pretrain.export import export
+    """Write what was trained as a folder; done when a fresh process got the same numbers from it."""
+    from pretrain import export, export_open_clip
 
-    result = export(run, to, step=step, force=force, licence=licence)
+    module = export if form == ExportFormat.timm else export_open_clip
+    result = module.export(run, to, step=step, force=force, licence=licence)
     typer.echo(f"{result.architecture}, {result.parameters / 1e6:.2f} M parameters")
-    typer.echo(f"reopened by timm in a fresh process: largest difference {result.max_difference:.1e}")
-    typer.echo(f'timm.create_model("local-dir:{result.folder}", pretrained=True)')
+    typer.echo(f"reopened by {form.value} in a fresh process: largest difference {result.max_difference:.1e}")
+    call = {
+        ExportFormat.timm: 'timm.create_model("local-dir:{}", pretrained=True)',
+        ExportFormat.open_clip: 'open_clip.create_model_from_pretrained("local-dir:{}")',
+    }
+    typer.echo(call[form].format(result.folder))
 
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Option("--dir", help="run folder")] = DEMO,
+    directory: Annotated[Path, typer.Option("--dir", help="where its runs and data go")] = DEMO,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")
     ] = None,
     nproc: Ranks = 2,
 ) -> None:
-    """The whole of keel in a few minutes: digits to shards, a small MAE, its evaluation, a timm export."""
+    """The whole of keel in a few minutes: three objectives trained, judged in one table, exported to timm."""
     from launch.demo import run
 
     raise typer.Exit(run(directory, overrides=overrides or (), nproc=nproc))

@@ -83,8 +83,7 @@ def write(backbone: Backbone, to: Path, *, force: bool = False) -> ExportResult:
     Raises `RunError` where `to` is taken (with `force` an older export is replaced), `ExportMismatchError`
     where the reopened model differs by `TOLERANCE` or more. On any failure what was there stays untouched.
     """
-    _refuse_taken(to, force)
-    with _beside(to) as partial:
+    with folder_for(to, force=force) as partial:
         weights = {
             name: value.detach().float().cpu().clone().contiguous() for name, value in _state(backbone)
         }
@@ -92,7 +91,6 @@ def write(backbone: Backbone, to: Path, *, force: bool = False) -> ExportResult:
         (partial / "config.json").write_text(json.dumps(timm_config(backbone), indent=2) + "\n")
         difference = verify(backbone, partial)
         (partial / "README.md").write_text(model_card(backbone, difference))
-        _publish(partial, to)
     count = encoders.parameter_count(backbone.encoder)
     return ExportResult(to, backbone.config.name, count, difference)
 
@@ -232,7 +230,19 @@ features = model.eval()(images)  # (B, 3, {view.size[0]}, {view.size[1]}) -> (B,
 """
 
 
-def _refuse_taken(to: Path, force: bool) -> None:
+@contextmanager
+def folder_for(to: Path, *, force: bool, ours: str = "config.json") -> Iterator[Path]:
+    """A temporary folder that gets the name `to` when the block ends well, and else vanishes.
+
+    Raises `RunError` where `to` is taken; with `force` an older export, known by its file `ours`, may go.
+    """
+    _refuse_taken(to, force, ours)
+    with _beside(to) as partial:
+        yield partial
+        _publish(partial, to)
+
+
+def _refuse_taken(to: Path, force: bool, ours: str = "config.json") -> None:
     if not to.exists():
         return
     if not force:
@@ -240,10 +250,10 @@ def _refuse_taken(to: Path, force: bool) -> None:
             f"{to}: exists already; choose another folder, or add --force to replace an older export"
         )
     try:
-        ours = "keel" in json.loads((to / "config.json").read_text())
+        replaceable = "keel" in json.loads((to / ours).read_text())
     except (OSError, ValueError):
-        ours = False
-    if not ours:
+        replaceable = False
+    if not replaceable:
         raise RunError(
             f"{to}: exists and isn't keel's export: --force won't replace it; choose another folder"
         )
