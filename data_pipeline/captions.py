@@ -64,9 +64,9 @@ def texts(place: Place, payload: bytes) -> list[str]:
         for key in place.keys:
             value = value.get(key) if isinstance(value, dict) else None
         found = value if isinstance(value, list) else [] if value is None else [value]
-    wrong = next((one for one in found if not isinstance(one, str)), None)
-    if wrong is not None:
-        raise ValueError(f"a caption is a text or a list of texts, found {type(wrong).__name__}")
+    wrong = [type(one).__name__ for one in found if not isinstance(one, str)]
+    if wrong:
+        raise ValueError(f"a caption is a text or a list of texts, found {wrong[0]}")
     try:
         "".join(found).encode()
     except UnicodeEncodeError:  # JSON can spell what UTF-8 can't

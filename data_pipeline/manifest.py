@@ -26,6 +26,7 @@ from data_pipeline.remote import check_name, is_remote
 
 NAME = "manifest.json"
 _FORMAT = 1
+_MOST = 1 << 48  # samples or bytes of a shard: sums stay within 64 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Manifest:
         try:
             if content["format"] != _FORMAT:
                 raise DataError(f"{file}: manifest format {content['format']!r}, this keel reads {_FORMAT}")
-            shards = tuple(_shard(entry) for entry in content["shards"])
+            shards = tuple(_shard(entry, file) for entry in content["shards"])
             manifest = cls(
                 directory=file.absolute().parent,
                 shards=shards,
@@ -90,7 +91,7 @@ class Manifest:
                 about=dict(content.get("about", {})),
             )
             recorded = content["hash"]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             what = f"{type(error).__name__}: {error}"
             raise DataError(
                 f"{file}: not a whole manifest ({what}); make it anew with keel data index"
@@ -188,10 +189,19 @@ def all_fields(indexes: Iterable[Sequence[str]]) -> tuple[str, ...]:
     return tuple(sorted({name for fields in indexes for name in fields}))
 
 
-def _shard(entry: Any) -> Shard:
-    shard = Shard(str(entry["name"]), int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]))
-    check_name(shard.name)
-    if shard.samples < 0 or shard.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", shard.sha256):
+def _shard(entry: Any, file: Path) -> Shard:
+    if not isinstance(entry["name"], str):
+        raise TypeError("a shard's name is text")
+    shard = Shard(entry["name"], int(entry["samples"]), int(entry["bytes"]), str(entry["sha256"]))
+    try:
+        check_name(shard.name)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from None
+    if (
+        not 0 <= shard.samples < _MOST
+        or not 0 <= shard.bytes < _MOST
+        or not re.fullmatch("[0-9a-f]{64}", shard.sha256)
+    ):
         raise ValueError(f"shard {shard.name}")
     return shard
 

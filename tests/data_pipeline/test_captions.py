@@ -125,6 +125,7 @@ def test_places_lead_into_fields_with_dots_in_their_names() -> None:
         ("json", b'{"caption": "\\ud800"}', "field json: isn't text: half of a surrogate pair"),
         ("json", b"[" * 100_000, "field json: isn't JSON"),
         ("json", b'{"caption": 3}', "a caption is a text or a list of texts, found int"),
+        ("json", b'{"caption": [null]}', "a caption is a text or a list of texts, found NoneType"),
         ("json", b'{"caption": null}', "field json: no caption, or only empty ones"),
         ("json", None, "field json: no caption, or only empty ones"),
     ],

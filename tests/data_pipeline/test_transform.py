@@ -96,6 +96,16 @@ def test_the_fast_resize_is_near_and_optional() -> None:
     seeds = sample_seed(0, 0, 0, np.arange(8))
     distance = (made(half, seeds).float() - made(WorkerHalf(views(0.0)), seeds).float()).abs().mean()
     assert 0 < distance < 12
+    turned = made(WorkerHalf(views(1.0), fast=True), seeds)
+    assert torch.equal(turned, made(half, seeds).flip(3))
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_a_crop_is_resized_as_if_it_lay_alone(interpolation: str) -> None:
+    inside = PHOTO[31:250, 17:301]
+    assert torch.equal(
+        resized(inside, (224, 224), interpolation), resized(inside.copy(), (224, 224), interpolation)
+    )
 
 
 def test_tiny_pictures() -> None:
