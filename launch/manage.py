@@ -18,6 +18,9 @@ from launch.run_files import holder, lease_held, tail
 POLL = 0.2
 """Seconds between looks at a log that is followed."""
 
+_LONG_LINE = 4096
+"""Bytes; where lines are longer, fewer are shown."""
+
 
 def log_of(run: Path, rank: int | None = None) -> Path:
     """The log of a rank, by default of rank 0, or what its job printed while there is none.
@@ -45,6 +48,8 @@ def log_of(run: Path, rank: int | None = None) -> Path:
 def lines(log: Path, last: int, *, follow: bool = False) -> Iterator[str]:
     """The last whole lines of a log (0: all); with `follow`, then every new one, for ever."""
     with log.open("rb") as file:
+        if last:  # logs grow to gigabytes
+            file.seek(max(0, log.stat().st_size - last * _LONG_LINE))
         there = file.read()
         whole, newline, rest = there.rpartition(b"\n")
         shown = (whole + newline).splitlines()
