@@ -35,15 +35,16 @@ SHOWN = 20
 """Lines of a failed rank's log shown on the console."""
 
 
-def launch(folder: RunFolder, nproc: int) -> int:
+def launch(folder: RunFolder, nproc: int, *, apart: bool = False) -> int:
     """Train the prepared run in `folder` with `nproc` ranks; gives the exit code.
 
     Output of rank 0 is shown, that of every rank lies in RUN/logs. Ctrl-C, SIGTERM and SIGUSR2 reach every
     rank once and end the run with a checkpoint; a second Ctrl-C ends it at once. Where a rank was killed or
     hung, all are started again, `train.health.restarts` times at most; a single rank runs in this process,
-    and can't be.
+    and can't be, unless it is to run `apart`: DeepSpeed remembers its process group, so that a second run
+    in the same process fails.
     """
-    if nproc == 1:
+    if nproc == 1 and not apart:
         return job(folder.root).code
     from pretrain.config import RunConfig
 
