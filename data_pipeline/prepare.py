@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, DataError
 from data_pipeline import demo
 from data_pipeline.captions import Place, places, texts
 from data_pipeline.config import DataConfig
@@ -106,6 +106,35 @@ def _captions(
         progress(done, total)
     if unusable:
         log.warning("%s: %d of %d samples have captions that can't be read", manifest.path, unusable, done)
+
+
+def captions_in_order(manifest: Manifest, names: Sequence[str], start: int, stop: int) -> Iterator[list[str]]:
+    """All captions of the samples [start, stop) of a set, in its own order, for evaluation.
+
+    Raises `ConfigError` where no caption is at `names`, `DataError` where a sample has none or a broken one.
+    """
+    leading = places(names, manifest.fields)
+    if not leading:
+        raise ConfigError(
+            f"captions: found {', '.join(names)}, but {manifest.path} has the fields "
+            f"{', '.join(manifest.fields)}; name one that holds captions, or json.KEY"
+        )
+    fields, first = tuple(dict.fromkeys(place.field for place in leading)), 0
+    for shard, size in enumerate(manifest.sizes.tolist()):
+        wanted = range(max(start - first, 0), min(stop - first, size))
+        first += size
+        if not wanted:
+            continue
+        with _opened(manifest, shard) as reader:
+            for sample in wanted:
+                payloads = dict(reader.read(shard, sample, (), fields))
+                try:
+                    found = [t for p in leading if p.field in payloads for t in texts(p, payloads[p.field])]
+                except ValueError as error:
+                    raise DataError(f"{manifest.path}: sample {reader.key(shard, sample)}: {error}") from None
+                if not found:
+                    raise DataError(f"{manifest.path}: sample {reader.key(shard, sample)} has no caption")
+                yield found
 
 
 @contextmanager
