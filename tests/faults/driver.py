@@ -59,6 +59,11 @@ class Case:
     attempts: list[str] = field(default_factory=list)  # how each ended
     wrong: str = ""  # what the proof failed of
 
+    def told(self) -> str:
+        """One line: what was done to it and what came of each attempt."""
+        ends = ", ".join(how.split(":")[0] for how in self.attempts)
+        return f"{' + '.join(self.faults)} -> {ends}{'  WRONG: ' + self.wrong if self.wrong else ''}"
+
 
 def make_data(folder: Path) -> Path:
     """Digits; gives the folder of their training set's manifest."""

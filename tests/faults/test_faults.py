@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_torture(
         int(os.environ.get(f"KEEL_TORTURE_{name}", d)) for name, d in (("CASES", 200), ("SEED", 0))
     )
     cases: list[Case] = []
+    began = time.monotonic()
     for number in range(count):
         chance = random.Random(f"{seed} {number}")
         names = [chance.choice(EVERY_FAULT) for _ in range(chance.randint(1, 3))]
@@ -65,7 +67,9 @@ def test_torture(
         except AssertionError as error:
             cases[-1].wrong = str(error).splitlines()[0]
         shutil.rmtree(run.root.parent)
-        if (number + 1) % 20 == 0 or number + 1 == count:
-            with capsys.disabled():
-                print(f"\n{number + 1} of {count} runs, seed {seed}\n{table(cases)}", flush=True)
+        with capsys.disabled():
+            seconds = time.monotonic() - began
+            print(f"{number + 1}/{count} after {seconds:.0f} s: {cases[-1].told()}", flush=True)
+    with capsys.disabled():
+        print(f"\n{count} runs, seed {seed}\n{table(cases)}", flush=True)
     assert [case for case in cases if case.wrong] == []
