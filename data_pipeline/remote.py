@@ -6,7 +6,7 @@ import hashlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,12 @@ def fetch(
         except Exception as error:  # every fsspec backend has exceptions of its own
             problem = _said(error)
     raise FetchError(f"{url}: can't be fetched after {_ATTEMPTS} attempts: {problem}")
+
+
+def opened(url: str, timeout: float = 60.0) -> AbstractContextManager[Any]:
+    """A remote file to be read from its beginning to its end, as a context."""
+    found: AbstractContextManager[Any] = fsspec.open(url, "rb", **_options(url, timeout))
+    return found
 
 
 @contextmanager

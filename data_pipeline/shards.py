@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import webdataset
+from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from configs.errors import DataError
 from data_pipeline.files import published
+from data_pipeline.remote import is_remote, opened
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
@@ -45,7 +47,7 @@ def check_key(key: str) -> None:
 
 def read_stream(
     urls: Sequence[str], *, shuffle: int, seed: int, allow_shell: bool
-) -> Iterator[tuple[str, str, dict[str, bytes]]]:
+) -> Generator[tuple[str, str, dict[str, bytes]], None, None]:
     """Samples of unindexed tars, for ever, through webdataset's own reader: (shard, key, field -> bytes).
 
     Nothing is decoded here, so no pickle in a shard is ever opened. `pipe:` names run a shell command and
@@ -54,19 +56,31 @@ def read_stream(
     commands = [url for url in urls if url.startswith("pipe:")]
     if commands and not allow_shell:
         raise DataError(f"{commands[0]!r}: runs a shell command; set allow_shell to permit it")
-    data = webdataset.WebDataset(
-        list(urls), nodesplitter=None, workersplitter=None, shardshuffle=False, empty_check=False
-    ).shuffle(shuffle, rng=random.Random(seed))
-    count, before = 0, -1
+    rng, count, before = random.Random(seed), 0, -1
     try:
         while count > before:
             before = count
-            for sample in data:
-                count += 1
-                fields = {name: value for name, value in sample.items() if not name.startswith("__")}
-                yield str(sample.get("__url__", urls[0])), str(sample["__key__"]), fields
-    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
-        raise DataError(
-            f"{urls[0]} and following: can't be streamed: {' '.join(str(error).split())}"
-        ) from error
+            with closing(_streams(urls)) as streams:
+                samples = group_by_keys(tar_file_expander(streams))
+                for sample in webdataset.shuffle(shuffle, rng=rng)(samples) if shuffle else samples:
+                    count += 1
+                    fields = {name: value for name, value in sample.items() if not name.startswith("__")}
+                    yield str(sample["__url__"]), str(sample["__key__"]), fields
+    except Exception as error:  # every fsspec backend has exceptions of its own
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{urls[0]} and following: can't be streamed: {told}") from error
     raise DataError(f"{urls[0]} and following: can't be streamed: no sample in any of them")
+
+
+def _streams(urls: Sequence[str]) -> Generator[dict[str, Any], None, None]:
+    """Open tars, one after the other. URLs through fsspec: webdataset would hand them to curl in a shell."""
+    for url in urls:
+        with _opened(url) as stream:
+            yield {"url": url, "stream": stream}
+
+
+def _opened(url: str) -> AbstractContextManager[Any]:
+    if url.startswith("pipe:"):
+        command: AbstractContextManager[Any] = webdataset.gopen(url, "rb")
+        return command
+    return opened(url) if is_remote(url) else Path(url).open("rb")

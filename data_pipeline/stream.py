@@ -17,6 +17,7 @@ from types import TracebackType
 
 import numpy as np
 import torch
+from braceexpand import braceexpand
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 from pydantic_core.core_schema import ValidationInfo
 from xxhash import xxh3_64_intdigest
@@ -64,7 +65,7 @@ class StreamConfig(Config):
     def urls(self) -> list[str]:
         """Every shard, patterns expanded. Raises `DataError` where a pattern matches nothing."""
         named = [name for name in self.shards if not name.startswith("pipe:")]
-        commands = [name for name in self.shards if name.startswith("pipe:")]
+        commands = [one for name in self.shards if name.startswith("pipe:") for one in braceexpand(name)]
         return [*(expanded(named) if named else []), *commands]
 
     def require_ranks(self, world_size: int) -> None:
@@ -141,7 +142,8 @@ class StreamLoader:
         return out.batch()
 
     def close(self) -> None:
-        """Nothing runs beside this loader."""
+        """Close what is open."""
+        self._source.close()
 
     def worker_pids(self) -> list[int]:
         return []

@@ -21,13 +21,10 @@ from data_pipeline.shards import write_shard
 from data_pipeline.stream import StreamLoader
 from data_pipeline.tokenize import train
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
+from tests.data_pipeline.server import faulty_server
 from tests.data_pipeline.sets import numbered_set, numbers_in, sample, write_set
 
 VIEW = ViewSpec((12, 12), CenterCrop(1.0), flip=0)
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # webdataset leaves its files open
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
 
 
 def config(shards: list[str], *, shell: bool = False, samples: int = 10, **more: object) -> DataConfig:
@@ -114,10 +111,23 @@ def test_a_config_has_either_and_no_command_unasked(changes: dict[str, object], 
         validate(changes, DataConfig, "a.yaml")
 
 
-def test_commands_are_run_when_allowed(shards: list[str], tmp_path: Path) -> None:
-    manifest = numbered_set(tmp_path, [6])
-    command = f"pipe:cat {shlex.quote(str(manifest.shard_path(0)))}"
-    assert sorted(shown(batches([command], 1, shell=True))) == list(range(6))
+def test_commands_are_run_when_allowed(tmp_path: Path) -> None:
+    numbered_set(tmp_path, [6, 6])
+    command = f"pipe:cat {shlex.quote(str(tmp_path))}/shard-{{000000..000001}}.tar"
+    assert sorted(shown(batches([command], 2, shell=True))) == list(range(12))
+    with pytest.raises(DataError, match="can't be streamed"):
+        batches(["pipe:false"], 1, shell=True)
+
+
+def test_urls_are_streamed_and_never_reach_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    numbered_set(tmp_path / "set", [6, 6])
+    with faulty_server(tmp_path / "set", lambda path, n: None) as server:
+        urls = [f"{server.url}/shard-{{000000..000001}}.tar"]
+        assert sorted(shown(batches(urls, 2))) == list(range(12))
+        with pytest.raises(DataError, match="can't be streamed"):
+            batches([f"{server.url}/none'; touch hacked; '.tar"], 1)
+    assert not (tmp_path / "hacked").exists()
 
 
 @pytest.mark.parametrize(
