@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,9 @@ from torch import nn
 from configs.errors import ConfigError
 from pretrain.optimizers import LARS, OptimizerConfig
 from pretrain.types import ParamGroup, Progress
+from tests.pretrain.test_run import Ranks, config_for, digits, run_on
+
+__all__ = ["digits"]
 
 
 def test_lars_is_its_formula() -> None:
@@ -56,3 +61,14 @@ def test_lars_and_zero_are_refused_in_a_line() -> None:
     OptimizerConfig(lr=1.0).require_possible(zero_stage=3)
     with pytest.raises(ConfigError, match=r"train\.zero_stage: found 1, with .*=lars it must be 0"):
         lars.require_possible(zero_stage=1)
+
+
+def test_a_run_with_lars_resumes_exactly(ranks: Ranks, tmp_path: Path, digits: Path) -> None:
+    """Its momentum is part of the state."""
+    lars = ("train.duration=4 steps", "optimizer.warmup=0 steps", "optimizer.name=lars", "train.zero_stage=0",
+            "optimizer.lr=1.0", "data.workers=0")  # fmt: skip
+    straight = run_on(ranks, 1, config_for(tmp_path / "straight", digits, *lars, smoke="moco_v3"))
+    stopped = config_for(tmp_path / "cut", digits, *lars, "train.stop_after=2 steps", smoke="moco_v3")
+    run_on(ranks, 1, stopped)
+    assert run_on(ranks, 1, config_for(tmp_path / "cut", digits, *lars, smoke="moco_v3")) == straight
+    assert len(set(straight)) == 4
