@@ -150,11 +150,10 @@ class CLIP(WholeBatchObjective):
     @torch.no_grad()
     def _metrics(self, images: Tensor, all_texts: Tensor, first: int) -> dict[str, Tensor]:
         """What shows a collapse; the pairs' figures over at most 256 of this rank's."""
-        few = min(len(images), 256)
-        texts = all_texts[first : first + few]
+        texts = all_texts[first : first + len(images)]
         found = collapse.spread(images)
-        found |= {f"text_{name}": value for name, value in collapse.spread(all_texts).items()}
-        found |= collapse.pairs(images[:few] @ texts.T)
+        found |= {f"text_{name}": value for name, value in collapse.spread(texts).items()}
+        found |= collapse.pairs(images[:256] @ texts[:256].T)
         found["logit_scale"] = self.logit_scale[0].detach().float().exp()
         if self.config.loss == "sigmoid":
             found["logit_bias"] = self.logit_bias[0].detach().float()
