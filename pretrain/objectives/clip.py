@@ -8,8 +8,8 @@ Radford et al. 2021, "Learning Transferable Visual Models From Natural Language 
     softmax : mean over pairs of  -log softmax_row(s i t')_nn - log softmax_column(s i t')_nn, halved
     sigmoid : mean over images of the sum over texts of log(1 + exp(-z (s i t' + b))), z = 1 for its own or -1
 
-s = exp(logit_scale) is learnt, at most 100. A rank compares its n images with all N texts in chunks, so the
-N x N matrix is never held: memory is O(n x chunk), or O(n x N) with `chunk: null`. The sums over images,
+s = exp(logit_scale) is learnt, at most 100. A rank compares its n images with all N texts in tiles, so the
+N x N matrix is never held: memory is O(chunk x chunk), or O(n x N) with `chunk: null`. The sums over images,
 which each text needs, are then added up over ranks.
 """
 
@@ -60,7 +60,7 @@ class CLIPConfig(ObjectiveConfig):
     text: TextConfig = TextConfig()
     start_scale: float | None = pydantic.Field(None, gt=0, le=100)  # None: 1/0.07 for softmax, 10 for sigmoid
     start_bias: float = -10.0  # sigmoid only
-    chunk: int | None = pydantic.Field(4096, gt=0)  # texts compared at a time; None: all
+    chunk: int | None = pydantic.Field(4096, gt=0)  # images and texts compared at a time; None: all
     batch_norm: str = "rank"  # in the image tower: rank (each its own statistics), sync, grouped:N
     crop_scale: tuple[float, float] = (0.9, 1.0)
     flip: float = pydantic.Field(0.0, ge=0, le=1)
