@@ -4,57 +4,101 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
 from configs.errors import UserError
 from configs.loading import load
 from launch import demo
+from launch.demo_findings import Findings, Row, see, table
+from pretrain.batch_norm import convert
 from pretrain.config import RunConfig
 
 FEW = ["train.duration=6 steps", "optimizer.warmup=2 steps", "checkpoint.every=6 steps", "data.workers=0"]
+SMOKE = ("smoke/mae", "smoke/moco", "smoke/clip")
 
 
-def run(directory: Path, config: str = "smoke/mae") -> tuple[int, str]:
+def run(directory: Path, configs: Sequence[str] = SMOKE) -> tuple[int, str]:
     printed = io.StringIO()
-    code = demo.run(directory, config=config, overrides=FEW, console=Console(file=printed, width=100))
+    console = Console(file=printed, width=100)
+    code = demo.run(directory, configs=configs, overrides=FEW, console=console)
     return code, printed.getvalue()
 
 
-def test_from_nothing_to_a_backbone_and_once_more(tmp_path: Path) -> None:
+def test_from_nothing_to_three_backbones_and_once_more(tmp_path: Path) -> None:
     code, printed = run(tmp_path / "demo")
     assert code == 0
-    for row in ("raw pixels", "untrained encoder", "pretrained encoder"):
-        assert row in printed
-    for place in ("metrics.jsonl", "pictures/reconstructions.png", "exports/timm"):
-        assert str(tmp_path / "demo" / place) in printed.replace("\n", "")
-        assert (tmp_path / "demo" / place).exists()
-    assert "largest difference" in printed
-    found = json.loads((tmp_path / "demo" / "demo.json").read_text())
-    raw, untrained, _ = found["rows"]
+    for line in (
+        "raw pixels",
+        "MAE untrained",
+        "MoCo v2 pretrained",
+        "CLIP pretrained",
+        "largest difference",
+    ):
+        assert line in printed
+    pictures = {"mae": "reconstructions", "moco": "neighbours", "clip": "similarities"}
+    found = {}
+    for name, picture in pictures.items():
+        root = tmp_path / "demo" / name
+        for place in (f"pictures/{picture}.png", "exports/timm"):
+            assert str(root / place) in printed.replace("\n", "")
+            assert (root / place).exists()
+        found[name] = json.loads((root / "demo.json").read_text())
+    raw, untrained, _ = found["mae"]["rows"]
     assert raw["few_shot"]["10"] > untrained["few_shot"]["10"] > 20
-    errors = found["reconstruction"]
+    errors = found["mae"]["reconstruction"]
     assert 0 < errors["mean training image"] < errors["mean patch"]
+    assert found["mae"]["rows"][0] == found["moco"]["rows"][0], "raw pixels don't depend on the objective"
+    assert 0 <= found["clip"]["rows"][2]["zero_shot"] <= 100
+    assert found["moco"]["rows"][2]["zero_shot"] is None
 
-    trained_at = (tmp_path / "demo" / "metrics.jsonl").stat().st_mtime_ns
+    trained_at = (tmp_path / "demo" / "moco" / "metrics.jsonl").stat().st_mtime_ns
     code, printed = run(tmp_path / "demo")
     assert code == 0
-    assert "is trained already" in printed
-    assert (tmp_path / "demo" / "metrics.jsonl").stat().st_mtime_ns == trained_at
-    assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == found
+    assert printed.count("is trained already") == 3
+    assert (tmp_path / "demo" / "moco" / "metrics.jsonl").stat().st_mtime_ns == trained_at
+    for name, before in found.items():
+        assert json.loads((tmp_path / "demo" / name / "demo.json").read_text()) == before
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "config.yaml").write_text("run: {dir: elsewhere}\n")
+    (tmp_path / "demo" / "mae").mkdir(parents=True)
+    (tmp_path / "demo" / "mae" / "config.yaml").write_text("run: {dir: elsewhere}\n")
     with pytest.raises(UserError, match=r"config\.yaml"):
-        run(tmp_path / "demo")
+        run(tmp_path / "demo", ("smoke/mae",))
 
 
-def test_the_demo_config_learns_from_digits_alone() -> None:
-    config = load("demo/mae", RunConfig)
+@pytest.mark.parametrize("name", demo.CONFIGS)
+def test_demo_configs_cut_nothing_off_when_judged(name: str) -> None:
+    config = load(name, RunConfig)
     assert config.data.demo is not None
-    assert config.data.demo.name == "digits"
-    assert config.encoder.crop == 1.0, "a digit fills its image: nothing may be cut off when it is judged"
+    assert config.encoder.crop == 1.0, "digits and shapes fill their images"
+
+
+def test_raw_pixels_stand_once_for_each_set_of_images() -> None:
+    rows = [Row("raw pixels", {1: 60.0}, 90.0), Row("pretrained", {1: 70.0}, 95.0, 77.5)]
+    printed = io.StringIO()
+    found = [Findings("mae", "digits", rows, {}), Findings("moco", "digits", rows, {})]
+    Console(file=printed, width=100).print(table(found))
+    assert printed.getvalue().count("raw pixels") == 1
+    assert "MoCo v2 pretrained" in printed.getvalue()
+    assert "77.5" in printed.getvalue()
+
+
+def test_an_untrained_encoder_sees_with_the_statistics_of_real_images() -> None:
+    torch.manual_seed(0)
+    images = [torch.randn(12, 3, 4, 4) * 5 + 2 for _ in range(2)]
+    for kind, size in (("rank", 0), ("grouped", 4)):
+        layer = convert(nn.Sequential(nn.BatchNorm2d(3)), kind, size).eval()  # type: ignore[arg-type]
+        see(layer, images)
+        pixels = torch.cat(images)
+        norm = layer[0]  # type: ignore[index]
+        torch.testing.assert_close(norm.running_mean, pixels.mean((0, 2, 3)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(norm.running_var.sqrt(), pixels.std((0, 2, 3)), rtol=0.05, atol=0.05)
+        assert not norm.training
+        assert norm.momentum == 0.1
