@@ -32,6 +32,7 @@ EVERY = ("mae", "moco", "moco_v3", "clip", "siglip")
 TOWERS = {
     "clip with a resnet": ("clip", ("objective.batch_norm=grouped:8",)),
     "moco_v3 with a resnet": ("moco_v3", ("objective.batch_norm=grouped:8",)),
+    "moco_v3 with a synced resnet": ("moco_v3", ("objective.batch_norm=sync",)),
 }
 """Smoke configs under other settings and with `RESNET` in the ViT's place."""
 RESNET = EncoderConfig(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]})
@@ -88,7 +89,7 @@ def trace(name: str, stage: int, accumulation: int, optimizer: str) -> Trace:
             return {key: value.detach().clone() for key, value in module.state_dict().items()}
 
     clock, losses, states = Progress(0, 0, 10, 1000), [], [whole()]
-    rate = RATE if optimizer == "sgd" else 3e-4
+    rate = (RATE / 10 if "synced" in name else RATE) if optimizer == "sgd" else 3e-4
     for step in range(STEPS):
         share = list(batch_at(step).split(BATCH // here.world_size))[here.rank]
         output = accumulate(engine, share, clock)
@@ -129,7 +130,8 @@ def names_of(name: str) -> tuple[list[str], list[str]]:
 def test_the_cut_of_a_batch_changes_no_gradient(ranks: Ranks, name: str) -> None:
     """Losses, gradients of each step, parameters, teacher, queue and statistics, under plain SGD."""
     [alone] = ranks(1, trace, name=name, stage=0, accumulation=1, optimizer="sgd")
-    for count, stage, accumulation in CUTS if name in EVERY else [(2, 1, 2)]:
+    tower_cuts = [(2, 1, 1 if "synced" in name else 2)]  # sync is for ranks, not for micro-batches
+    for count, stage, accumulation in CUTS if name in EVERY else tower_cuts:
         what = f"{count} ranks, stage {stage}, {accumulation} micro-batches"
         for got in ranks(count, trace, name=name, stage=stage, accumulation=accumulation, optimizer="sgd"):
             # Statistics move once a micro-batch, as everywhere in torch: four of them forget sooner than one.
