@@ -65,7 +65,8 @@ def measure(folder: Path, saves: int, stage: int, waited: bool) -> dict[str, lis
         )  # fmt: skip
         progress = Progress(0, 0, 1000, 1000)
         checkpointer = Checkpointer(
-            CheckpointConfig(keep=1, every=Duration(1000, "steps")), folder, engine, attempt=1, start=progress, batch_size=2,
+            CheckpointConfig(keep=1, every=Duration(1000, "steps")), folder, engine,
+            attempt=1, start=progress, batch_size=2,
             extra=lambda progress: {"step": progress.step},
             tell=lambda progress, values: [told[name].append(value) for name, value in values.items()],
         )  # fmt: skip

@@ -24,7 +24,7 @@ from configs.loading import load
 from data_pipeline.augment import device_half
 from data_pipeline.types import Batch
 from pretrain import encoders
-from pretrain.accumulation import SumOfMicroBatches
+from pretrain.accumulation import accumulate_for
 from pretrain.config import RunConfig
 from pretrain.engines import deepspeed, processes
 from pretrain.types import BuildContext, Objective, Progress
@@ -93,7 +93,7 @@ def measure(config: RunConfig, *, batch_size: int, steps: int, warm_up: int, dev
         )  # fmt: skip
         total = warm_up + steps
         schedule = config.optimizer.schedule_for(4096, 1_281_167, 250_000)
-        accumulate = SumOfMicroBatches(batch_size, device_half(config.objective.views(size)))
+        accumulate = accumulate_for(objective, batch_size, device_half(config.objective.views(size)))
         progress = Progress(
             10_000, 0, 250_000, 1_281_167
         )  # near the end of the warm-up, where the rate is real
