@@ -89,7 +89,7 @@ def _similarities(subject: Subject, train: Path) -> Image.Image:
     with subject.looking():
         images = objective.embed_images(torch.stack([views[index] for index in chosen.tolist()]))
     cosines = texts @ images.T
-    margin = 8 * max(map(len, captions))
+    margin = 6 * max(map(len, captions))
     sheet = Image.new("RGB", (margin + _CELL * len(chosen), _CELL + (_LINE * 2) * len(chosen)), _PAPER)
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for right, index in enumerate(chosen.tolist()):
