@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,20 @@ def block(language: str) -> str:
     return str(found)
 
 
+@pytest.fixture
+def mylab() -> Iterator[None]:
+    """Nobody else's package of that name, before or afterwards."""
+    _forget_mylab()
+    yield
+    _forget_mylab()
+
+
+def _forget_mylab() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "mylab"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("mylab")
 def test_the_page_adds_simclr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mylab").mkdir()
     (tmp_path / "mylab/__init__.py").write_text("")
