@@ -160,14 +160,17 @@ def test_here_they_run_so_many_at_a_time_and_one_failure_stops_none(
         assert "bad: failed (by intention)" in said
 
 
-def test_a_sweep_trains_here_from_the_command_line(
+def test_a_sweep_runs_here_and_its_members_give_themselves_up(
     file: Callable[..., str],
     tmp_path: Path,
+    digits: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Two real runs, a table of them, and nothing left to do the second time."""
-    path = file(grid={"run.seed": [0, 1]}, early_stop={"rule": "halving", "rungs": [0.5]})
+    """Two real runs that find themselves worse than another one, a table of them, and nothing left to do."""
+    rule = {"rule": "halving", "metric": "loss", "rungs": [0.0005]}
+    overrides = {"data.manifest": str(digits), "train.duration": "20000 steps", "data.workers": 0}
+    path = file(grid={"run.seed": [0, 1]}, early_stop=rule, overrides=overrides)
 
     def keel(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["keel", *arguments])
@@ -178,8 +181,17 @@ def test_a_sweep_trains_here_from_the_command_line(
         return said.out
 
     assert [run["submit"] for run in json.loads(keel("sweep", path, "--dry-run", "--json"))] == [True, True]
-    assert not (tmp_path / "sweep").exists()
+    root = tmp_path / "sweep"
+    assert not root.exists()
+    (root / "unbeatable").mkdir(parents=True)
+    (root / "unbeatable" / "early_stop.json").write_text('{"rungs": {"0.0005": {"value": 0.0}}}')
     keel("sweep", path)
-    runs = json.loads(keel("runs", str(tmp_path / "sweep"), "--json"))
-    assert [(run["state"], run["step"], run["objective"]) for run in runs] == [("done", 4, "mae")] * 2
+    runs = json.loads(keel("runs", str(root), "--json"))
+    assert [(run["state"], run["note"], run["objective"]) for run in runs] == [
+        ("stopped", "early_stop", "mae")
+    ] * 2
+    for run in runs:
+        assert 10 < run["step"] < 20_000
+        assert list((Path(run["path"]) / "checkpoints").glob(f"step-{run['step']:08d}-a01"))
+        assert json.loads((Path(run["path"]) / "early_stop.json").read_text())["rungs"]["0.0005"]["stopped"]
     assert "2 runs, 0 to submit" in keel("sweep", path)
