@@ -1,4 +1,4 @@
-"""A sweep on a real SLURM: submitted, looked at, gone on with where it failed, its best exported; the doctor."""
+"""A sweep on a real SLURM: submitted, listed, gone on with where it failed, its best exported; the doctor."""
 
 from __future__ import annotations
 
