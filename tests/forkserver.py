@@ -279,7 +279,8 @@ def _be_a_rank(case: Case, rank: int, port: int, folder: Path) -> int:
 
 def _function(file: str, name: str) -> Callable[..., Any]:
     """By file, as test modules have no importable name of their own."""
-    module_name = "_forked_" + Path(file).stem
+    # Names of files repeat between folders.
+    module_name = "_forked_" + "_".join(Path(file).with_suffix("").parts[1:])
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, file)
         assert spec is not None and spec.loader is not None
