@@ -25,7 +25,9 @@ from tests.selection import (  # noqa: F401  hooks
     pytest_runtest_setup,
 )
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a CI started by nohup would pass on that it is ignored
+# A CI started by nohup or as a shell's background job would pass on that these are ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 ensure_torchvision()
 
