@@ -7,8 +7,10 @@ All bad settings are reported at once, each as a line: path, value found, what i
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 import pydantic
@@ -158,6 +160,18 @@ def chosen_by(key: str, resolve: Callable[[str], type[Config]]) -> pydantic.Befo
             ) from None
 
     return pydantic.BeforeValidator(validator)
+
+
+def only_class(module: ModuleType, base: type[ConfigType]) -> type[ConfigType]:
+    """The one subclass of `base` that `module` itself defines; raises ValueError where it isn't one."""
+    own = [
+        kind
+        for _, kind in inspect.getmembers(module, inspect.isclass)
+        if issubclass(kind, base) and kind.__module__ == module.__name__
+    ]
+    if len(own) != 1:
+        raise ValueError(f"{module.__name__} must define exactly one {base.__name__}, found {len(own)}")
+    return own[0]
 
 
 def problems(error: pydantic.ValidationError, schema: type[pydantic.BaseModel]) -> list[Problem]:

@@ -35,9 +35,6 @@ MARGIN = 15.0
 KILL_WAIT = 60.0
 """Seconds after SIGTERM in which SLURM would have killed the job (KillWait is 30 by default)."""
 
-JOB_ENDS = "KEEL_JOB_ENDS"
-"""Environment variable: when the job's time is over, in seconds since 1970."""
-
 
 class TaskFailedError(Exception):
     """Ends a task so that the job counts as failed. Carries the end of the rank's log."""
@@ -79,6 +76,8 @@ class Train:
 
     def _prepare(self, root: Path, here: slurm.Place) -> None:
         """What one rank does for all before training: the time that is left, and nodes that fail."""
+        from pretrain.attempt import JOB_ENDS
+
         if (left := queue.time_left(here.job)) is not None:
             os.environ[JOB_ENDS] = str(time.time() + left)
         if bad := nodes.bad(root, here.hosts):

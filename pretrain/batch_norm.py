@@ -8,9 +8,10 @@ on their own, which is the same arithmetic on one rank and on a thousand.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -33,6 +34,15 @@ def parse(text: str) -> tuple[Kind, int]:
     if text == "sync":
         return "sync", 0
     raise ValueError("allowed: shuffle, sync, grouped:N with N of at least 2, such as grouped:8")
+
+
+def _spelled(text: str) -> str:
+    parse(text)
+    return text
+
+
+Spelled = Annotated[str, AfterValidator(_spelled)]
+"""A setting that `parse` reads."""
 
 
 class GroupedBatchNorm(nn.BatchNorm2d):

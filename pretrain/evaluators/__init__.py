@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import pkgutil
 
+from configs.loading import only_class
 from pretrain.evaluators.subject import EvaluatorConfig
 
 _MACHINERY = frozenset({"features", "ranks", "subject", "schedule"})
@@ -24,14 +24,7 @@ def evaluator_config_type(kind: str) -> type[EvaluatorConfig]:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"no such evaluation; known: {', '.join(kinds())}{hint}")
     module = importlib.import_module(f"{__name__}.{kind}")
-    own = [
-        found
-        for _, found in inspect.getmembers(module, inspect.isclass)
-        if issubclass(found, EvaluatorConfig) and found.__module__ == module.__name__
-    ]
-    if len(own) != 1:
-        raise ValueError(f"{module.__name__} must define exactly one EvaluatorConfig, found {len(own)}")
-    return own[0]
+    return only_class(module, EvaluatorConfig)  # type: ignore[type-abstract]  # only compared with
 
 
 __all__ = ["EvaluatorConfig", "evaluator_config_type", "kinds"]

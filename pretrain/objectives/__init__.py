@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import inspect
 import pkgutil
 
+from configs.loading import only_class
 from pretrain.types import ObjectiveConfig
 
 
@@ -32,11 +32,4 @@ def config_type(name: str) -> type[ObjectiveConfig]:
         if error.name is None or not path.startswith(error.name):
             raise
         raise ValueError("no module of this name can be imported") from error
-    own = [
-        kind
-        for _, kind in inspect.getmembers(module, inspect.isclass)
-        if issubclass(kind, ObjectiveConfig) and kind.__module__ == module.__name__
-    ]
-    if len(own) != 1:
-        raise ValueError(f"{path} must define exactly one ObjectiveConfig, found {len(own)}")
-    return own[0]
+    return only_class(module, ObjectiveConfig)  # type: ignore[type-abstract]  # only compared with

@@ -27,7 +27,7 @@ from torch.nn import functional
 from configs.errors import ConfigError
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
 from pretrain import collapse, collectives, encoders, losses
-from pretrain.batch_norm import convert, parse, require_independent_parts
+from pretrain.batch_norm import Spelled, convert, parse, require_independent_parts
 from pretrain.encoders.text import TextConfig, TextTower
 from pretrain.optimizers import groups_without_decay
 from pretrain.precision import autocast
@@ -61,17 +61,11 @@ class CLIPConfig(ObjectiveConfig):
     start_scale: float | None = pydantic.Field(None, gt=0, le=100)  # None: 1/0.07 for softmax, 10 for sigmoid
     start_bias: float = -10.0  # sigmoid only
     chunk: int | None = pydantic.Field(4096, gt=0)  # images and texts compared at a time; None: all
-    batch_norm: str = "rank"  # in the image tower: rank (each its own statistics), sync, grouped:N
+    batch_norm: Spelled = "rank"  # in the image tower: rank (each its own statistics), sync, grouped:N
     crop_scale: tuple[float, float] = (0.9, 1.0)
     flip: float = pydantic.Field(0.0, ge=0, le=1)
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
-
-    @pydantic.field_validator("batch_norm")
-    @classmethod
-    def _spelling(cls, text: str) -> str:
-        parse(text)
-        return text
 
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
         crop = RandomResizedCrop(scale=self.crop_scale)

@@ -31,7 +31,7 @@ from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, ViewSpec
 from pretrain import collapse, collectives, encoders, heads, losses, teacher
 from pretrain.augmentation import Augmentation
-from pretrain.batch_norm import convert, has_batch_norm, parse
+from pretrain.batch_norm import Spelled, convert, has_batch_norm, parse
 from pretrain.precision import autocast
 from pretrain.queue import Queue
 from pretrain.types import (
@@ -60,14 +60,8 @@ class MoCoConfig(ObjectiveConfig):
     temperature: float = pydantic.Field(0.2, gt=0)
     momentum: float = pydantic.Field(0.999, ge=0, le=1)
     queue: int = pydantic.Field(65_536, gt=0)
-    batch_norm: str = "shuffle"  # shuffle (per rank, as in the paper), sync, grouped:N
+    batch_norm: Spelled = "shuffle"  # shuffle (per rank, as in the paper), sync, grouped:N
     augmentation: Augmentation = Augmentation(jitter=0.8, grayscale=0.2, blur=0.5)
-
-    @pydantic.field_validator("batch_norm")
-    @classmethod
-    def _spelling(cls, text: str) -> str:
-        parse(text)
-        return text
 
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
         return [self.augmentation.view(image_size)] * 2

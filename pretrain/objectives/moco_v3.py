@@ -26,7 +26,7 @@ from torch.nn import functional
 from data_pipeline.types import Batch, ViewSpec
 from pretrain import collapse, collectives, encoders, heads, losses, teacher
 from pretrain.augmentation import Augmentation
-from pretrain.batch_norm import convert, parse, require_independent_parts
+from pretrain.batch_norm import Spelled, convert, parse, require_independent_parts
 from pretrain.encoders import vit
 from pretrain.precision import autocast
 from pretrain.types import (
@@ -55,15 +55,9 @@ class MoCoV3Config(ObjectiveConfig):
     temperature: float = pydantic.Field(0.2, gt=0)
     momentum: float = pydantic.Field(0.99, ge=0, le=1)  # at the start; 1 at the end
     freeze_patches: bool = True  # of a ViT: the patch projection keeps its random weights
-    batch_norm: str = "sync"  # inside the encoder: sync, rank (each its own statistics), grouped:N
+    batch_norm: Spelled = "sync"  # inside the encoder: sync, rank (each its own statistics), grouped:N
     first: Augmentation = _VIEW.model_copy(update={"blur": 1.0})
     second: Augmentation = _VIEW.model_copy(update={"blur": 0.1, "solarize": 0.2})
-
-    @pydantic.field_validator("batch_norm")
-    @classmethod
-    def _spelling(cls, text: str) -> str:
-        parse(text)
-        return text
 
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
         return [self.first.view(image_size), self.second.view(image_size)]

@@ -18,7 +18,6 @@ import pytest
 
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
-from launch.cli import main
 
 Said = tuple[int, str, str]
 
@@ -28,20 +27,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "digits"
     demo.make(DemoConfig(name="digits"), folder)
     return folder / "train" / "manifest.json"
-
-
-@pytest.fixture
-def keel(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    """Call the command in this process; gives exit code, standard output and standard error."""
-
-    def call(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["keel", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capfd.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return call
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:

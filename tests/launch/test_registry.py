@@ -21,7 +21,6 @@ import pytest
 from benchmarks.registry import make_run, state
 from configs.errors import RunError
 from launch import manage, queue, registry
-from launch.cli import main
 from launch.queue import GONE, JobState
 from launch.registry import best, judge, list_runs
 from launch.run_files import tail
@@ -30,18 +29,6 @@ from launch.submission import Submission
 
 Said = tuple[int, str, str]
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
-
-
-@pytest.fixture
-def keel(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Said]:
-    def call(*arguments: object) -> Said:
-        monkeypatch.setattr(sys, "argv", ["keel", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        said = capfd.readouterr()
-        return int(ended.value.code or 0), said.out, said.err
-
-    return call
 
 
 @pytest.fixture
