@@ -59,14 +59,15 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         if len(input) % self.size:
             raise ValueError(f"{len(input)} samples can't be cut into groups of {self.size}")
         groups, channels = len(input) // self.size, input.shape[1]
-        # A group becomes a block of channels, so that one call of the fast kernel normalises all groups.
-        folded = input.reshape(groups, self.size, *input.shape[1:]).transpose(0, 1).flatten(1, 2)
-        mean = torch.zeros(groups * channels, device=input.device)
-        variance = torch.ones(groups * channels, device=input.device)
-        weight, bias = (None if p is None else p.repeat(groups) for p in (self.weight, self.bias))
-        out = functional.batch_norm(folded, mean, variance, weight, bias, True, 1.0, self.eps)
-        _remember(self, mean.view(groups, channels).mean(0), variance.view(groups, channels).mean(0))
-        return out.reshape(self.size, groups, *input.shape[1:]).transpose(0, 1).flatten(0, 1)
+        mean = torch.zeros(groups, channels, device=input.device)
+        variance = torch.ones(groups, channels, device=input.device)
+        # Group by group: folding the groups into channels for one call would give up channels-last order.
+        parts = [
+            functional.batch_norm(part, m, v, self.weight, self.bias, True, 1.0, self.eps)
+            for part, m, v in zip(input.split(self.size), mean, variance, strict=True)
+        ]
+        _remember(self, mean.mean(0), variance.mean(0))
+        return torch.cat(parts)
 
 
 class SyncBatchNorm(nn.BatchNorm2d):

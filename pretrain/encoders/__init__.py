@@ -6,6 +6,7 @@ import difflib
 from typing import Any, Literal
 
 import pydantic
+import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
@@ -72,6 +73,8 @@ def features(encoder: nn.Module, images: Tensor, pooling: Pooling = "token") -> 
     if pooling == "avg" and is_vit(encoder):
         tokens = encoder.forward_features(images)  # type: ignore[operator]
         return tokens[:, encoder.num_prefix_tokens :].mean(dim=1)  # type: ignore[no-any-return]
+    if not is_vit(encoder):  # convolutions are quicker so, on a CPU twice as quick; the numbers are the same
+        images = images.contiguous(memory_format=torch.channels_last)
     return encoder(images)  # type: ignore[no-any-return]
 
 
