@@ -141,6 +141,8 @@ def play(run: Run, case: Case) -> Case:
             _between(run, name, chance, case)
         else:
             case.attempts.append(_start(run, 2, _fault(name, chance, run.newest())))
+    if case.faults[-1] in BETWEEN:  # what was damaged after the end is mended by a start, too
+        case.attempts.append(_start(run, 2))
     for _ in range(3):
         if not case.attempts or case.attempts[-1] != "done":
             case.attempts.append(_start(run, 2))

@@ -64,8 +64,8 @@ def test_torture(
         try:
             play(run, cases[-1])
             check(run, cases[-1], straight)
-        except AssertionError as error:
-            cases[-1].wrong = str(error).splitlines()[0]
+        except Exception as error:  # whatever it is, the others are played and the table is printed
+            cases[-1].wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         shutil.rmtree(run.root.parent)
         with capsys.disabled():
             seconds = time.monotonic() - began
