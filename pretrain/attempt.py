@@ -249,6 +249,7 @@ def make_engine(objective: Objective, plan: Plan, here: Processes) -> deepspeed.
         compile_backend="inductor" if config.train.compile else None,
         offload_optimizer=config.train.offload is not None,
         expects_saves=True,
+        regroup=config.optimizer.regroup,
     )
 
 

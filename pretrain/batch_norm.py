@@ -64,7 +64,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         # Group by group: folding the groups into channels for one call would give up channels-last order.
         parts = [
             functional.batch_norm(part, m, v, self.weight, self.bias, True, 1.0, self.eps)
-            for part, m, v in zip(input.split(self.size), mean, variance, strict=True)
+            for part, m, v in zip(torch.split(input, self.size), mean, variance, strict=True)
         ]
         _remember(self, mean.mean(0), variance.mean(0))
         return torch.cat(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ class OptimizerConfig(Config):
     momentum: float = pydantic.Field(0.9, ge=0, lt=1)  # of sgd and lars
     trust: float = pydantic.Field(0.001, gt=0)  # of lars: a layer's step over its weights' norm, at rate 1
     weight_decay: float = pydantic.Field(0.05, ge=0)
+    decays: Literal["paper", "matrices"] = "paper"  # matrices: no bias, norm, position, token or scale either
     final_weight_decay: float | None = pydantic.Field(None, ge=0)  # reached by half a cosine; None: constant
     schedule: ScheduleName = "cosine"
     warmup: Duration = Duration(0, "steps")
@@ -87,6 +89,18 @@ class OptimizerConfig(Config):
             return self.weight_decay
         return half_cosine(fraction, self.weight_decay, self.final_weight_decay)
 
+    def regroup(self, groups: Sequence[ParamGroup]) -> list[ParamGroup]:
+        """An objective's groups are its paper's; `decays: matrices` frees all but weight matrices."""
+        if self.decays == "paper":
+            return list(groups)
+        found = []
+        for group in groups:
+            free = [(n, p) for n, p in group.parameters if not _is_matrix(n, p)]
+            kept = [(n, p) for n, p in group.parameters if _is_matrix(n, p)]
+            found += [dataclasses.replace(group, parameters=kept)] if kept else []
+            found += [dataclasses.replace(group, parameters=free, weight_decay_scale=0.0)] if free else []
+        return found
+
     def require_possible(self, zero_stage: int) -> None:
         """Refuse LARS with ZeRO. Raises `ConfigError`."""
         if self.name == "lars" and zero_stage:
@@ -106,6 +120,14 @@ class OptimizerConfig(Config):
         return torch.optim.AdamW(
             tensors, lr=rate, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
         )
+
+
+_NO_MATRICES = ("pos_embed", "positional_embedding", "_token", "class_embedding")
+"""Ends of the names of positions and tokens in timm's and open_clip's networks, whatever their shape."""
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.squeeze().ndim > 1 and not name.endswith(_NO_MATRICES)
 
 
 class LARS(torch.optim.Optimizer):

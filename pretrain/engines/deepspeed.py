@@ -42,12 +42,14 @@ def initialize(
     compile_backend: str | None = None,
     offload_optimizer: bool = False,
     expects_saves: bool = False,
+    regroup: Callable[[Sequence[ParamGroup]], list[ParamGroup]] = list,
 ) -> DeepSpeedEngine:
     """Wrap `objective` for training; collective. The object stays usable, its parameters are the engine's.
 
     `micro_batch`: samples a rank takes at once; `accumulation`: micro-batches a step; `compile_backend`: of
-    torch.compile, block by block; `expects_saves`: get the memory of `stage` before it is called; the others
-    as in `EngineConfig`, which has refused what can't be. Every trainable parameter must be in one group.
+    torch.compile, block by block; `expects_saves`: get the memory of `stage` before it is called; `regroup`:
+    changes the objective's parameter groups; the others as in `EngineConfig`, which has refused what can't
+    be. Every trainable parameter must be in one group.
     """
     fragments.require_known_deepspeed()
     # DeepSpeed's calls of names that torch has renamed: nothing a user could act on.
@@ -60,7 +62,7 @@ def initialize(
         blocks.compile_blocks(objective, compile_backend)
     if activation_checkpointing:
         blocks.recompute(objective)
-    groups = [group for group in objective.param_groups() if group.parameters]
+    groups = [group for group in regroup(objective.param_groups()) if group.parameters]
     _require_every_parameter_once(objective, groups)
     optimizer = make_optimizer(groups)
     settings = _settings(objective, micro_batch, accumulation, zero_stage, gradient_clip, offload_optimizer)

@@ -8,11 +8,13 @@ import sys
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from configs.loading import PACKAGED, dump, load, validate
 from data_pipeline.types import Batch
 from pretrain import encoders, objectives
 from pretrain.config import RunConfig
+from pretrain.optimizers import OptimizerConfig
 from pretrain.types import BuildContext, Objective, Progress
 
 EVERY = sorted(path.stem for path in (PACKAGED / "smoke").glob("*.yaml"))
@@ -83,6 +85,26 @@ def test_every_trainable_parameter_is_in_one_group_and_gets_a_gradient(name: str
     objective(batch_for(name), CLOCK).loss.backward()
     without = [key for key, p in objective.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_only_matrices_decay_where_asked(name: str) -> None:
+    """`optimizer.decays: matrices`, against timm's own list for the encoder and by kind for the rest."""
+    objective = build(name)
+    published = objective.param_groups()
+    assert smoke(name).optimizer.regroup(published) == published
+    groups = OptimizerConfig(lr=1.0, decays="matrices").regroup(published)
+    scales = {n: group.weight_decay_scale for group in groups for n, _ in group.parameters}
+    assert scales.keys() == {n for group in published for n, _ in group.parameters}
+    spared = {f"encoder.{n}" for n in getattr(objective.encoder, "no_weight_decay", set)()}
+    spared |= {"mask_token", "logit_scale", "logit_bias", "text.positional_embedding"}
+    spared |= {n for n in scales if n.endswith("bias")}
+    weights = set()
+    for n, module in objective.named_modules():
+        weights |= {f"{n}.weight"} if isinstance(module, nn.Linear | nn.Conv2d) else set()
+        spared |= {f"{n}.weight"} if isinstance(module, nn.LayerNorm | nn.BatchNorm2d) else set()
+    assert all(scales[n] == 0 for n in spared & scales.keys())
+    assert all(scales[n] == 1 for n in weights & scales.keys())
 
 
 @pytest.mark.parametrize("name", EVERY)
