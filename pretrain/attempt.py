@@ -21,6 +21,7 @@ from data_pipeline.order import ORDER_VERSION
 from data_pipeline.stream import StreamLoader
 from data_pipeline.transform import device_half
 from pretrain import checkpoint, encoders, tracking, trouble
+from pretrain import start as beginning
 from pretrain.accumulation import accumulate_for
 from pretrain.best import KeepBest
 from pretrain.collectives import Agreement, MeanLater, from_main
@@ -69,6 +70,7 @@ def attempts(folder: RunFolder, config: RunConfig, here: Processes, outside: Out
         plan = Plan.of(config)
         processes.seed(config.run.seed)
         objective = plan.objective(here.world_size)
+        beginning.begin(objective, folder, config.encoder)
         engine = make_engine(objective, plan, here)
         processes.seed(config.run.seed, per_rank=True)
         left, ill = config.train.health.rollbacks, None

@@ -79,7 +79,8 @@ class RunConfig(Config):
         run = self.run.model_copy(update={"dir": self.run.dir.expanduser().absolute()})
         data = self.data.placed()
         evaluate = tuple(evaluation.placed() for evaluation in self.evaluate)
-        return self.model_copy(update={"run": run, "data": data, "evaluate": evaluate})
+        changes = {"run": run, "data": data, "encoder": self.encoder.placed(), "evaluate": evaluate}
+        return self.model_copy(update=changes)
 
     def micro_batch(self, world_size: int) -> tuple[int, int]:
         """(samples a rank takes at once, micro-batches a step).

@@ -59,6 +59,11 @@ class RunFolder:
     def exports(self) -> Path:
         return self.root / "exports"
 
+    @property
+    def starting_weights(self) -> Path:
+        """The encoder's weights that the run began with, where `encoder.weights` named some."""
+        return self.root / "start.safetensors"
+
     def exists(self) -> bool:
         return self.config_file.is_file()
 

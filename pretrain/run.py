@@ -14,7 +14,7 @@ from configs import loading
 from configs.errors import ConfigError, RunError
 from data_pipeline.facts import Facts
 from data_pipeline.prepare import make_missing
-from pretrain import best
+from pretrain import best, start
 from pretrain import fork as forks
 from pretrain.attempt import Outside, attempts
 from pretrain.config import RunConfig, refused_changes
@@ -60,17 +60,19 @@ def prepare(
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)
     branch = None if fork is None else fork.checkpoint()
+    starting = None if state or fork is not None else start.opened(config.encoder, plan.image_size)
     if fork is not None and branch is not None:
         forks.require_fitting(fork, branch, plan, objective)
     folder.create()
     with folder.lease():
         # The checkpoint first: what has a config is a run, and would start from nothing without it.
         parent = {} if fork is None or branch is None else {"parent": forks.bring(fork, branch, plan, folder)}
+        began = {} if starting is None else {"starting_weights": start.keep(folder, starting)}
         write_atomically(folder.config_file, loading.dump(config))
         if not state:
             identity = {"id": secrets.token_hex(4), "created": now(), "status": "new"}
             data = {**plan.data.identity, "total_steps": plan.total_steps}
-            folder.update_state(**identity, **data, **parent)
+            folder.update_state(**identity, **data, **parent, **began)
         folder.update_state(**provenance())
     return folder
 

@@ -153,6 +153,10 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, batch: Batch, progress: Progress) -> LossOutput: ...
 
+    def start_from(self, load: Callable[[nn.Module], None]) -> None:
+        """Begin with the weights that `load` puts into an encoder; teachers are to begin as its copies."""
+        load(self.encoder)
+
     needs_whole_share: ClassVar[bool] = False  # whether `before_step` is to be called
 
     def before_step(self, share: Batch, progress: Progress) -> None:

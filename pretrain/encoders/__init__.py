@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any, Literal
 
 import pydantic
@@ -25,6 +26,7 @@ class EncoderConfig(Config):
     )  # passed to timm.create_model, recorded in the export
     pooling: Pooling = "token"  # how a ViT's tokens become one feature: class token, or mean of the patches
     crop: float = pydantic.Field(0.875, gt=0, le=1)  # kept of the shorter side when evaluated, exported
+    weights: str | None = None  # what a new run starts from, see `encoders.weights`; None: random weights
 
     @pydantic.field_validator("name")
     @classmethod
@@ -37,6 +39,12 @@ class EncoderConfig(Config):
             "not an architecture of the installed timm " + timm.__version__
             + (f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models()")
         )  # fmt: skip
+
+    def placed(self) -> EncoderConfig:
+        """The same with an absolute path to weights that lie here."""
+        if self.weights is None or not Path(self.weights).expanduser().exists():
+            return self
+        return self.model_copy(update={"weights": str(Path(self.weights).expanduser().absolute())})
 
 
 def build(config: EncoderConfig, image_size: tuple[int, int]) -> nn.Module:

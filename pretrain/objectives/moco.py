@@ -18,12 +18,12 @@ global batch on any number of ranks, so that one process trains as many do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import pydantic
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from configs.errors import ConfigError
@@ -99,6 +99,10 @@ class MoCo(Objective):
         self.permutes = has_batch_norm(self.encoder)
         self._keys: Tensor | None = None  # (B, D) of the step under way, in global order
         self._next = 0  # the next micro-batch's first row of it
+
+    def start_from(self, load: Callable[[nn.Module], None]) -> None:
+        super().start_from(load)
+        self.teacher_encoder.load_state_dict(self.encoder.state_dict())
 
     def before_step(self, share: Batch, progress: Progress) -> None:
         """Make the keys of the whole global batch: collective."""

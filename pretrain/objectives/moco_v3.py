@@ -15,12 +15,12 @@ a ResNet two, and it doesn't. Batch norm in the heads is over the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import pydantic
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.types import Batch, ViewSpec
@@ -94,6 +94,10 @@ class MoCoV3(WholeBatchObjective):
             convert(head, "sync")
         self.teacher_encoder = teacher.copy_of(self.encoder)
         self.teacher_projector = teacher.copy_of(self.projector)
+
+    def start_from(self, load: Callable[[nn.Module], None]) -> None:
+        super().start_from(load)
+        self.teacher_encoder.load_state_dict(self.encoder.state_dict())
 
     def embed(self, batch: Batch) -> Embeddings:
         """Features (B, D) of both views, the student's and then the teacher's: what no other sample changes.

@@ -108,6 +108,21 @@ def test_only_matrices_decay_where_asked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
+def test_it_starts_from_weights_and_so_do_its_teachers(name: str) -> None:
+    objective = build(name)
+    torch.manual_seed(7)
+    size = smoke(name).objective.views((32, 32))[0].size
+    other = encoders.build(smoke(name).encoder, size).state_dict()
+    objective.start_from(lambda encoder: encoder.load_state_dict(other) and None)
+    followers = [m for n, m in objective.named_children() if n in ("encoder", "teacher_encoder")]
+    assert len(followers) == (2 if "teacher_encoder" in dict(objective.named_children()) else 1)
+    for follower in followers:
+        state = follower.state_dict()
+        assert state.keys() == other.keys()
+        assert all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_bf16_autocast_is_near_fp32(name: str) -> None:
     objective, half = build(name), build(name, torch.bfloat16)
     half.load_state_dict(objective.state_dict())

@@ -1,0 +1,94 @@
+"""A run that starts from weights: exactly those, on every rank and stage, once, and never at a resume."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from configs.errors import RunError
+from pretrain import checkpoint, encoders
+from pretrain.config import RunConfig
+from pretrain.engines.storage import read_model
+from pretrain.folder import RunFolder
+from pretrain.run import prepare
+from tests.pretrain.test_run import Ranks, config_for, digits, losses, run_on, train_here
+
+__all__ = ["digits"]
+
+FIRST_STEP = ("train.stop_after=1 steps", "optimizer.warmup=2 steps", "data.workers=0")
+"""The first step of a warm-up has a rate of nothing, so that the weights are still those of the start."""
+
+
+def weights_for(config: RunConfig, file: Path) -> dict[str, torch.Tensor]:
+    torch.manual_seed(11)
+    state = encoders.build(config.encoder, (32, 32)).state_dict()
+    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    return state
+
+
+@pytest.mark.parametrize(("smoke", "count", "stage"), [("mae", 2, 3), ("moco", 2, 2), ("moco_v3", 1, 1)])
+def test_the_first_step_sees_them(
+    ranks: Ranks, tmp_path: Path, digits: Path, smoke: str, count: int, stage: int
+) -> None:
+    file, root = tmp_path / "weights.safetensors", tmp_path / "run"
+    overrides = (f"encoder.weights={file}", f"train.zero_stage={stage}", *FIRST_STEP)
+    config = config_for(root, digits, *overrides, smoke=smoke)
+    wanted = weights_for(config, file)
+    run_on(ranks, count, config)
+    newest = checkpoint.latest(root)
+    assert newest is not None
+    found = read_model(newest)
+    encoder = encoders.build(config.encoder, (32, 32))
+    for name, _ in encoder.named_parameters():  # running statistics have moved
+        assert torch.equal(found[f"encoder.{name}"], wanted[name]), name
+        if f"teacher_encoder.{name}" in found:
+            assert torch.equal(found[f"teacher_encoder.{name}"], wanted[name]), name
+
+
+def test_a_resume_looks_at_the_checkpoint_alone(ranks: Ranks, tmp_path: Path, digits: Path) -> None:
+    file, root = tmp_path / "weights.safetensors", tmp_path / "run"
+    config = config_for(root, digits, f"encoder.weights={file}", *FIRST_STEP)
+    weights_for(config, file)
+    folder = prepare(config, world_size=1)
+    assert len(folder.read_state()["starting_weights"]) == 64
+    file.unlink()  # what the job needs lies in the run folder
+    ranks(1, train_here, root=str(root))
+    folder.starting_weights.unlink()
+    again = config.model_copy(update={"train": config.train.model_copy(update={"stop_after": None})})
+    assert len(run_on(ranks, 1, again)) == len(losses(root)) > 1
+
+
+def test_lost_weights_are_said_in_a_line(ranks: Ranks, tmp_path: Path, digits: Path) -> None:
+    file, root = tmp_path / "weights.safetensors", tmp_path / "run"
+    config = config_for(root, digits, f"encoder.weights={file}", *FIRST_STEP)
+    weights_for(config, file)
+    prepare(config, world_size=1).starting_weights.unlink()
+    with pytest.raises(RunError, match=r"start.safetensors: is gone, and there is no checkpoint yet"):
+        ranks(1, train_here, root=str(root))
+
+
+def test_what_does_not_fit_leaves_nothing_behind(tmp_path: Path, digits: Path) -> None:
+    file, root = tmp_path / "weights.safetensors", tmp_path / "run"
+    config = config_for(root, digits, f"encoder.weights={file}")
+    state = weights_for(config, file)
+    state.pop("norm.weight")
+    save_file({name: value.contiguous() for name, value in state.items()}, file)
+    with pytest.raises(RunError, match=r"^encoder.weights: .*lacks norm.weight"):
+        prepare(config, world_size=1)
+    file.unlink()
+    with pytest.raises(RunError, match=r"^encoder.weights: .* neither a file, nor a folder, nor a name"):
+        prepare(config, world_size=1)
+    assert not root.exists()
+
+
+def test_other_weights_are_another_run(tmp_path: Path, digits: Path) -> None:
+    file, root = tmp_path / "weights.safetensors", tmp_path / "run"
+    config = config_for(root, digits, f"encoder.weights={file}")
+    weights_for(config, file)
+    prepare(config, world_size=1)
+    with pytest.raises(RunError, match=r"^encoder.weights: found None"):
+        prepare(config_for(root, digits), world_size=1)
+    assert RunFolder(root).starting_weights.exists()
