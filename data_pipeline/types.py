@@ -12,6 +12,10 @@ from torch import Tensor
 Interpolation = Literal["bilinear", "bicubic"]
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Channel statistics that most of the field normalises with (torchvision's and timm's defaults)."""
+
+
 @dataclass(frozen=True)
 class RandomResizedCrop:
     """A crop of random area and aspect, resized to the view's size.
@@ -74,8 +78,8 @@ class ViewSpec:
     crop: RandomResizedCrop | CenterCrop
     interpolation: Interpolation = "bicubic"
     flip: float = 0.5  # probability of a horizontal flip
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
     rotation: float = 0.0  # degrees, either way
     jitter: ColorJitter | None = None
     grayscale: float = 0.0  # probability

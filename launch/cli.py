@@ -22,6 +22,9 @@ from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 DEMO = Path("runs/demo")
 """Where `make demo` puts its run."""
 
+FINE_TUNING = "finetune/vitb16_in1k"
+"""MAE's recipe."""
+
 app = typer.Typer(
     name="keel",
     help="Tar shards in, a pretrained timm backbone out.",
@@ -100,6 +103,32 @@ def evaluate(
     from launch import evaluate
 
     evaluate.show(evaluate.evaluate(source, settings or (), step), as_json=as_json)
+
+
+@app.command()
+def finetune(
+    source: Annotated[
+        str, typer.Argument(metavar="RUN", help="a run folder, an exported folder, or a timm name")
+    ],
+    data: Annotated[Path, typer.Option(help="folder with labelled train/ and val/ manifests")],
+    overrides: Overrides = None,
+    config: Annotated[str, typer.Option(help="a YAML file, or one that ships with keel")] = FINE_TUNING,
+    to: Annotated[Path | None, typer.Option(help="folder to make of the classifier, for timm")] = None,
+    scratch: Annotated[bool, typer.Option("--scratch", help="with random weights, for comparison")] = False,
+    step: Step = None,
+    seed: Annotated[int, typer.Option(help="of order, crops, mixing and the new layer")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="processes that decode")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
+) -> None:
+    """Train an encoder end to end as a classifier, judge it, and write it for timm."""
+    from configs.loading import load
+    from launch import finetune
+    from pretrain.finetune import FineTuneConfig, start_of
+
+    settings = load(config, FineTuneConfig, overrides or ())
+    start = start_of(source, step=step, scratch=scratch)
+    found = finetune.run(start, data.expanduser(), settings, seed=seed, workers=workers, to=to)
+    finetune.show(source, found, as_json=as_json)
 
 
 class ExportFormat(StrEnum):

@@ -6,12 +6,14 @@ smoothing, drop path, random erasing. One process; the recipe's parts are timm's
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
@@ -26,16 +28,23 @@ from data_pipeline.load import build_loader, sequential
 from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
 from data_pipeline.transform import device_half
-from data_pipeline.types import Batch, ViewSpec
+from data_pipeline.types import IMAGENET_MEAN, IMAGENET_STD, Batch, CenterCrop, ViewSpec
+from pretrain import encoders, trained
 from pretrain.augmentation import Augmentation
 from pretrain.encoders import EncoderConfig
 from pretrain.encoders.finetuning import classifier, erasing, layerwise_groups, mixing
 from pretrain.evaluators.few_shot import draw_labels
 from pretrain.evaluators.subject import evaluation_view
+from pretrain.export_open import open_timm
+from pretrain.folder import RunFolder
 from pretrain.optimizers import OptimizerConfig
+from pretrain.precision import autocast
 from pretrain.types import Duration, Progress
 
 NEEDS = frozenset({"views", "target"})
+
+Advance = Callable[[int, int], None]
+"""Called with steps made and steps in all."""
 
 
 class FineTuneConfig(Config):
@@ -57,6 +66,7 @@ class FineTuneConfig(Config):
     label_smoothing: float = pydantic.Field(0.1, ge=0, lt=1)
     erase: float = pydantic.Field(0.25, ge=0, le=1)  # probability of random erasing
     augmentation: Augmentation = Augmentation(crop_scale=(0.08, 1.0), interpolation="bicubic")
+    precision: Literal["bf16", "fp32"] = "fp32"
 
     @pydantic.model_validator(mode="after")
     def _countable(self) -> FineTuneConfig:
@@ -72,6 +82,45 @@ class Start:
     encoder: EncoderConfig
     image_size: tuple[int, int]  # height, width in pixels
     weights: Mapping[str, Tensor]  # of the encoder, under timm's names
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # what it has seen images normalised with
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def view(self, augmentation: Augmentation) -> ViewSpec:
+        """A random view as this encoder is to be shown it."""
+        return replace(augmentation.view(self.image_size), mean=self.mean, std=self.std)
+
+
+def start_of(source: str, *, step: int | None = None, scratch: bool = False) -> Start:
+    """Where fine-tuning a run folder, an exported folder or a timm name starts.
+
+    `scratch`: with random weights of the same architecture instead. Raises `RunError`.
+    """
+    if RunFolder(Path(source)).exists():
+        run = trained.read(Path(source), step)
+        encoder, config, view = run.encoder, run.config.encoder, run.view
+    else:
+        encoder, view = open_timm(source)
+        config = _described(source, encoder, view)
+    if scratch:
+        encoder = encoders.build(config, view.size)
+    return Start(config, view.size, encoder.state_dict(), view.mean, view.std)
+
+
+def _described(source: str, encoder: nn.Module, view: ViewSpec) -> EncoderConfig:
+    """What makes the same network again, of one that timm has made from a folder or a name."""
+    known: Any = encoder.pretrained_cfg
+    file = Path(source) / "config.json"  # timm has opened it just now, and forgets the arguments
+    arguments = dict(json.loads(file.read_text()).get("model_args") or {}) if file.is_file() else {}
+    pooling = str(arguments.pop("global_pool", None) or getattr(encoder, "global_pool", "token"))
+    for name in ("fc_norm", "img_size"):  # these follow from the pooling and the images
+        arguments.pop(name, None)
+    assert isinstance(view.crop, CenterCrop)
+    return EncoderConfig(
+        name=known["architecture"],
+        args=arguments,
+        pooling="avg" if pooling == "avg" else "token",
+        crop=view.crop.fraction,
+    )
 
 
 def fine_tune(
@@ -82,6 +131,7 @@ def fine_tune(
     seed: int = 0,
     device: torch.device | None = None,
     workers: int = 0,
+    advance: Advance | None = None,
 ) -> nn.Module:
     """A classifier of `manifest`'s classes trained from `start`, in evaluation mode.
 
@@ -96,7 +146,7 @@ def fine_tune(
         model = classifier(
             start.encoder, start.image_size, len(data.classes), start.weights, drop_path=config.drop_path
         ).to(device)
-        view = config.augmentation.view(start.image_size)
+        view = start.view(config.augmentation)
         loader = build_loader(
             DataConfig(manifest=manifest, image_size=start.image_size, workers=workers),
             [view],
@@ -108,7 +158,7 @@ def fine_tune(
             position=0,
         )
         try:
-            _train(model, loader, view, data, config, device)
+            _train(model, loader, view, data, config, device, advance)
         finally:
             loader.close()
     return model.eval()
@@ -121,6 +171,7 @@ def _train(
     data: Manifest,
     config: FineTuneConfig,
     device: torch.device,
+    advance: Advance | None,
 ) -> None:
     groups = layerwise_groups(model, config.layer_decay)
     optimizer = config.optimizer.make(groups)
@@ -133,12 +184,15 @@ def _train(
         cutmix=config.cutmix,
         label_smoothing=config.label_smoothing,
     )
+    dtype = torch.bfloat16 if config.precision == "bf16" else None
     model.train()
     while not progress.done:
         batch = prepare(next(batches).to(device))
         assert batch.target is not None
         images, target = mix(erase(batch.views[0]), batch.target)
-        functional.cross_entropy(model(images).float(), target).backward()  # type: ignore[no-untyped-call]
+        with autocast(device, dtype):
+            logits = model(images)
+        functional.cross_entropy(logits.float(), target).backward()  # type: ignore[no-untyped-call]
         now = schedule(progress)
         for group, scales in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] = now.lr * scales.lr_scale
@@ -146,21 +200,26 @@ def _train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress = progress.consumed(config.batch_size).applied()
+        if advance is not None:
+            advance(progress.step, progress.total_steps)
 
 
 def accuracy(
     model: nn.Module, manifest: Path, view: ViewSpec, *, device: torch.device | None = None
-) -> float:
-    """Top-1 in percent of a labelled set."""
+) -> dict[str, float]:
+    """`top1` in percent of a labelled set, and `top5` where there are more than five classes."""
     device = device or torch.device("cpu")
-    right, count, prepare = 0, 0, device_half([view])
+    hits, count, prepare = torch.zeros(5), 0, device_half([view])
     with torch.no_grad():
         for batch in sequential(manifest, view, batch_size=256):
             batch = prepare(batch.to(device))
             assert batch.target is not None
-            right += int((model(batch.views[0]).argmax(dim=1) == batch.target).sum())
+            logits = model(batch.views[0])
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.target.unsqueeze(1)
+            hits[: ranked.shape[1]] += ranked.sum(dim=0).cpu()
             count += len(batch)
-    return 100 * right / count
+    found = {"top1": 100 * float(hits[0]) / count}
+    return found | {"top5": 100 * float(hits.sum()) / count} if logits.shape[1] > 5 else found
 
 
 def few_shot_accuracy(
@@ -171,13 +230,13 @@ def few_shot_accuracy(
     Draw number `draw` has the samples that the few-shot probe's draw of that number has.
     """
     data = Manifest.load(train)
-    view = evaluation_view(config.augmentation.view(start.image_size), start.encoder.crop)
+    view = evaluation_view(start.view(config.augmentation), start.encoder.crop)
     labels = torch.cat([batch.target for batch in sequential(train, view, batch_size=256)])  # type: ignore[misc]
     chosen = draw_labels(labels.numpy(), shots, seed=0, draw=draw)
     with tempfile.TemporaryDirectory() as folder:
         write_subset(data, chosen.tolist(), Path(folder))
         model = fine_tune(start, Path(folder) / "manifest.json", config, seed=seed)
-    return accuracy(model, val, view)
+    return accuracy(model, val, view)["top1"]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,15 @@ def classifier(
     if is_vit(model):
         model.pos_embed.requires_grad_(True)  # fixed while it pretrained
     return model
+
+
+def reopened(folder: Path) -> nn.Module:
+    """The classifier in `folder` as timm opens it, in evaluation mode."""
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True)
+    assert isinstance(model, nn.Module)
+    return model.eval()
 
 
 def layerwise_groups(model: nn.Module, layer_decay: float) -> list[ParamGroup]:

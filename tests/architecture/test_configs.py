@@ -12,11 +12,13 @@ from configs.sweep import SweepConfig
 from launch.cluster import ClusterConfig
 from pretrain import encoders
 from pretrain.config import RunConfig
+from pretrain.finetune import FineTuneConfig
 from pretrain.types import BuildContext
 
 RECIPES = ("demo", "smoke", "mae", "moco", "moco_v3", "clip")
 SCHEMAS: dict[str, type[Config]] = dict.fromkeys(RECIPES, RunConfig) | {
     "clusters": ClusterConfig,
+    "finetune": FineTuneConfig,
     "sweeps": SweepConfig,
 }
 """What the files of each folder of configs/ are."""

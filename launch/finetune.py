@@ -1,0 +1,119 @@
+"""`keel finetune`: an encoder trained on to be a classifier, judged, and written for timm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from configs.errors import DataError
+from data_pipeline.manifest import Manifest
+from data_pipeline.types import CenterCrop
+from launch.progress import progress_bar
+from pretrain.encoders.finetuning import reopened
+from pretrain.evaluators.subject import evaluation_view
+from pretrain.export import ExportMismatchError, folder_for
+from pretrain.finetune import FineTuneConfig, Start, accuracy, fine_tune
+
+TOLERANCE = 1e-5
+"""Largest absolute difference of a float32 logit after timm has opened the folder."""
+
+
+def run(
+    start: Start, data: Path, config: FineTuneConfig, *, seed: int, workers: int, to: Path | None
+) -> dict[str, float]:
+    """Fine-tune on DATA/train and judge on DATA/val; with `to`, the classifier goes there.
+
+    Gives top1 and top5 in percent. Raises `UserError`, before training where that can be known.
+    """
+    train, val = (data / part / "manifest.json" for part in ("train", "val"))
+    classes = _same_classes(train, val)
+    if to is None:
+        return _tuned(start, train, val, config, seed, workers)[1]
+    with folder_for(to, force=False) as partial:
+        model, found = _tuned(start, train, val, config, seed, workers)
+        _write(model.cpu(), start, config, classes, found, partial)
+    return found
+
+
+def _tuned(
+    start: Start, train: Path, val: Path, config: FineTuneConfig, seed: int, workers: int
+) -> tuple[nn.Module, dict[str, float]]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with progress_bar("fine-tuning") as progress:
+        model = fine_tune(start, train, config, seed=seed, device=device, workers=workers, advance=progress)
+    view = evaluation_view(start.view(config.augmentation), start.encoder.crop)
+    return model, accuracy(model, val, view, device=device)
+
+
+def _same_classes(train: Path, val: Path) -> tuple[str, ...]:
+    learnt, judged = Manifest.load(train).classes, Manifest.load(val).classes
+    if not learnt:
+        raise DataError(f"{train}: has no class names; index it with keel data index --classes")
+    if learnt != judged:
+        raise DataError(
+            f"{val}: its {len(judged)} classes aren't the {len(learnt)} of {train}; "
+            "index both with the same --classes"
+        )
+    return tuple(learnt)
+
+
+def _write(
+    model: nn.Module,
+    start: Start,
+    config: FineTuneConfig,
+    classes: tuple[str, ...],
+    found: dict[str, float],
+    folder: Path,
+) -> None:
+    """model.safetensors and config.json, opened by timm and compared before they get their name."""
+    weights = {name: value.float().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    described = _config(model, start, config, classes, found)
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    again = reopened(folder)
+    images = torch.randn(2, 3, *start.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        difference = float((again(images) - model.eval()(images)).abs().max())
+    if not difference < TOLERANCE:
+        raise ExportMismatchError(f"logits differ by {difference:.2e}, allowed is less than {TOLERANCE:.0e}")
+
+
+def _config(
+    model: Any, start: Start, config: FineTuneConfig, classes: tuple[str, ...], found: dict[str, float]
+) -> dict[str, Any]:
+    arguments = dict(start.encoder.args)
+    if start.encoder.name.startswith("vit_"):
+        arguments |= {"img_size": list(start.image_size), "global_pool": start.encoder.pooling}
+    view = evaluation_view(start.view(config.augmentation), start.encoder.crop)
+    assert isinstance(view.crop, CenterCrop)
+    pretrained = {
+        "tag": "keel", "custom_load": False, "input_size": [3, *view.size], "num_classes": len(classes),
+        "interpolation": view.interpolation, "crop_pct": view.crop.fraction, "crop_mode": "center",
+        "mean": list(view.mean), "std": list(view.std), "label_names": list(classes),
+        "first_conv": model.pretrained_cfg.get("first_conv"),
+        "classifier": model.pretrained_cfg.get("classifier"),
+    }  # fmt: skip
+    return {
+        "architecture": start.encoder.name,
+        "num_classes": len(classes),
+        "model_args": arguments,
+        "pretrained_cfg": pretrained,
+        "keel": {"fine_tuned": config.model_dump(mode="json"), "accuracy": found},
+    }
+
+
+def show(source: str, found: dict[str, float], *, as_json: bool) -> None:
+    """Print the figures as a table, or as one JSON object."""
+    if as_json:
+        print(json.dumps({"source": source, **found}))
+        return
+    table = Table("fine-tuned", *found)
+    table.add_row(source, *(f"{value:.2f}" for value in found.values()))
+    Console().print(table)
