@@ -21,6 +21,7 @@ from data_pipeline.assemble import Assembler, Buffers, Job
 from data_pipeline.cache import Ahead, CacheConfig
 from data_pipeline.config import DataConfig
 from data_pipeline.facts import Facts, facts_of
+from data_pipeline.hashing import Int64s
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Draws, Plan, over_cap
 from data_pipeline.pool import WorkerPool
@@ -222,8 +223,25 @@ def sequential(
         maker.close()
 
 
+def chosen(manifest: str | Path | Manifest, view: ViewSpec, numbers: Sequence[int]) -> Batch:
+    """Some samples of a set, by their number in the manifest's own order, in one batch."""
+    if not isinstance(manifest, Manifest):
+        manifest = Manifest.load(manifest)
+    labelled = any(field in manifest.fields for field in LABEL_FIELDS)
+    needs = frozenset({"views", "target"}) if labelled else frozenset({"views"})
+    maker = _maker(Job((manifest,), (view,), needs), len(numbers), workers=0, prefetch=1)
+    try:
+        maker.order(_draws(manifest, np.array(numbers, dtype=np.int64)))
+        return maker.next()
+    finally:
+        maker.close()
+
+
 def _in_order(manifest: Manifest, start: int, stop: int) -> Draws:
-    index = np.arange(start, stop, dtype=np.int64)
+    return _draws(manifest, np.arange(start, stop, dtype=np.int64))
+
+
+def _draws(manifest: Manifest, index: Int64s) -> Draws:
     ends = np.cumsum(manifest.sizes)
     shard = np.searchsorted(ends, index, side="right")
     zeros = np.zeros_like(index)

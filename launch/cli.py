@@ -102,7 +102,10 @@ def evaluate(
     """Judge an encoder: by the run's own evaluations, or by the one given."""
     from launch import evaluate
 
-    evaluate.show(evaluate.evaluate(source, settings or (), step), as_json=as_json)
+    scores = evaluate.evaluate(source, settings or (), step)
+    evaluate.show(scores, as_json=as_json)
+    for file in evaluate.save_pictures(source, scores):
+        typer.echo(f"picture: {file}", err=as_json)
 
 
 @app.command()

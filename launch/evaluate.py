@@ -16,6 +16,7 @@ from launch.progress import progress_bar
 from pretrain.config import RunConfig
 from pretrain.evaluate import evaluate as judge
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type, kinds
+from pretrain.evaluators.sheets import image_of
 from pretrain.folder import RunFolder
 from pretrain.types import Scores
 
@@ -60,6 +61,23 @@ def show(scores: Sequence[Scores], *, as_json: bool) -> None:
         rows = [{"name": s.kind, "values": dict(s.values), "details": dict(s.details)} for s in scores]
         print(json.dumps(rows))
         return
+    if any(score.values for score in scores):
+        _table(scores)
+
+
+def save_pictures(source: str, scores: Sequence[Scores]) -> list[Path]:
+    """Write what was drawn to RUN/pictures, of another source to ./pictures; gives the files."""
+    folder = RunFolder(Path(source)).pictures if RunFolder(Path(source)).exists() else Path("pictures")
+    written = []
+    for score in scores:
+        for name, picture in score.pictures.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            written.append(folder / f"{score.kind}-{name}.png")
+            image_of(picture).save(written[-1])
+    return written
+
+
+def _table(scores: Sequence[Scores]) -> None:
     table = Table("evaluation", "figure", "value")
     for score in scores:
         for name, value in score.values.items():

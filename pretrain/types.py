@@ -328,6 +328,7 @@ class Scores:
     kind: str
     values: Mapping[str, float]
     details: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)  # (3, H, W) float32 in [0, 1]
 
 
 def trainable(module: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -9,7 +9,7 @@ import pkgutil
 from configs.loading import only_class
 from pretrain.evaluators.subject import EvaluatorConfig
 
-_MACHINERY = frozenset({"features", "ranks", "subject", "schedule"})
+_MACHINERY = frozenset({"features", "ranks", "subject", "schedule", "sheets"})
 
 
 def kinds() -> list[str]:

@@ -68,13 +68,16 @@ class Subject:
     def batches(self, manifest: Path) -> Iterator[Batch]:
         """The rank's own contiguous part of the set in its own order, normalised, on the device."""
         rank, size = collectives.rank(), collectives.ranks()
-        finish = device_half([self.view])
         for batch in sequential(
             manifest, self.view, batch_size=self.batch_size, rank=rank, world_size=size, workers=self.workers
         ):
-            yield finish(batch.to(self.device))
+            yield self.shown(batch)
             if self.advance is not None:
                 self.advance(len(batch))
+
+    def shown(self, batch: Batch) -> Batch:
+        """A batch of the loader's as the encoder is shown it: normalised, on the device."""
+        return device_half([self.view])(batch.to(self.device))
 
     @contextmanager
     def looking(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ from typing import Literal, TextIO
 
 import pydantic
 import torch
-from torch import Tensor
 
 from configs.loading import Config
 from pretrain.collectives import all_reduce_mean
@@ -134,11 +133,10 @@ class Track:
     def evaluated(self, progress: Progress, scores: Scores) -> None:
         """An evaluator's result, heard on rank 0."""
         for tracker in self.trackers:
-            tracker.evaluated(progress, scores)
-
-    def pictures(self, step: int, images: Mapping[str, Tensor]) -> None:
-        for tracker in self.trackers:
-            tracker.pictures(step, images)
+            if scores.values:
+                tracker.evaluated(progress, scores)
+            if scores.pictures:
+                tracker.pictures(progress.step, scores.pictures)
 
     def fail(self, status: str = "failed") -> None:
         """The run ends by an error, or its attempt is given up."""
