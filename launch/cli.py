@@ -167,18 +167,6 @@ def export(
 
 
 @app.command()
-def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")],
-    to: Annotated[Path, typer.Option("-o", "--output", help="file to write")] = Path("report.html"),
-) -> None:
-    """Write one page on runs: curves, evaluations, pictures, settings that differ, interruptions."""
-    from launch import report
-
-    size = report.write(runs, to)
-    typer.echo(f"{to}: {size / 1e6:.1f} MB, opens in any browser without a network")
-
-
-@app.command()
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="where its runs and data go")] = DEMO,
     overrides: Annotated[
