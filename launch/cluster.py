@@ -43,6 +43,11 @@ class ClusterConfig(Config):
     def ranks(self) -> int:
         return self.nodes * self.tasks_per_node
 
+    @property
+    def gpu(self) -> bool | None:
+        """Whether ranks have one, on other machines than this; None where they run on this one."""
+        return self.gpus_per_node > 0 if self.executor == "slurm" else None
+
     @pydantic.model_validator(mode="after")
     def _possible(self) -> Self:
         if self.gpus_per_node not in (0, self.tasks_per_node):

@@ -186,7 +186,7 @@ def _batch(patient: Patient) -> Iterator[Check]:
 
 
 def _model(patient: Patient) -> Iterator[Check]:
-    """Parameters, what this machine refuses, and memory for each ZeRO stage."""
+    """Parameters, what can't be done where it runs, and memory for each ZeRO stage."""
     if patient.waits_for_demo:
         yield Check("model", "pass", "isn't counted before its data are made")
         return
@@ -198,13 +198,7 @@ def _model(patient: Patient) -> Iterator[Check]:
     yield Check(
         "model", "pass", f"{whole / 1e6:.2f} M parameters, {encoder / 1e6:.2f} M of them the encoder's"
     )
-    try:
-        train.require_possible(objective)
-    except UserError as error:
-        elsewhere = patient.cluster is not None and patient.cluster.executor == "slurm"
-        if not elsewhere:
-            raise
-        yield Check("engine", "warn", f"on this machine: {error}", "check it on a node of the job")
+    train.require_possible(objective, None if patient.cluster is None else patient.cluster.gpu)
     stages = [
         memory_estimate(lambda: plan.objective(patient.ranks), stage, patient.ranks) for stage in range(4)
     ]

@@ -70,6 +70,7 @@ def attempts(folder: RunFolder, config: RunConfig, here: Processes, outside: Out
         plan = Plan.of(config)
         processes.seed(config.run.seed)
         objective = plan.objective(here.world_size)
+        config.train.require_possible(objective)  # a job was prepared on another machine than this
         beginning.begin(objective, folder, config.encoder)
         engine = make_engine(objective, plan, here)
         processes.seed(config.run.seed, per_rank=True)

@@ -68,7 +68,7 @@ class RunFolder:
         return self.config_file.is_file()
 
     def create(self) -> None:
-        """Make the folder and its rooms. Raises `RunError` where that can't be."""
+        """Make the folder and its rooms. Raises `RunError` where that can't be, or nothing can be written."""
         rooms = (self.checkpoints, self.logs, self.pictures, self.exports, self.root / ".attempts")
         try:
             for room in rooms:
@@ -76,6 +76,13 @@ class RunFolder:
         except OSError as error:
             raise RunError(
                 f"run.dir: {self.root} can't be made: {error.strerror}; choose another folder"
+            ) from error
+        try:
+            (self.root / ".lock").open("a").close()
+        except OSError as error:
+            raise RunError(
+                f"run.dir: {self.root} can't be written to: {error.strerror}; "
+                "look at its owner and its disk, or choose another folder"
             ) from error
 
     def read_state(self) -> dict[str, Any]:

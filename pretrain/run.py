@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import torch
 
 from configs import loading
-from configs.errors import ConfigError, RunError
+from configs.errors import RunError
 from data_pipeline.facts import Facts
 from data_pipeline.prepare import make_missing
 from pretrain import best, start
@@ -29,17 +29,22 @@ DemoProgress = Callable[[int, int], None]
 
 
 def prepare(
-    config: RunConfig, *, world_size: int, progress: DemoProgress | None = None, fork: Fork | None = None
+    config: RunConfig,
+    *,
+    world_size: int,
+    gpu: bool | None = None,
+    progress: DemoProgress | None = None,
+    fork: Fork | None = None,
 ) -> RunFolder:
     """Check all that can be checked without a process group, then make or open the run folder.
 
-    `fork`: where a new run gets its state from. Nothing is written before everything holds. Raises
+    `gpu`: whether its ranks will have one, where they run on other machines; None where they run on this
+    one. `fork`: where a new run gets its state from. Nothing is written before everything holds. Raises
     `UserError`.
     """
     config = config.placed()
     config.micro_batch(world_size)
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("train.precision: fp16 needs a GPU, and none is here; use bf16 or fp32")
+    config.train.require_device(gpu)  # before demo data are made
     folder = RunFolder(config.run.dir)
     if folder.exists():
         if fork is not None:
@@ -55,7 +60,7 @@ def prepare(
     config.optimizer.schedule_for(config.train.batch_size, plan.samples, plan.total_steps)
     with torch.device("meta"):
         objective = plan.objective(world_size)
-    config.train.require_possible(objective)
+    config.train.require_possible(objective, gpu)
     config.optimizer.require_possible(config.train.zero_stage)
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)

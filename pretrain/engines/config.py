@@ -35,13 +35,23 @@ class EngineConfig(Config):
     def autocast(self) -> torch.dtype | None:
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
-    def require_possible(self, objective: nn.Module) -> None:
-        """Refuse, before a process group starts, what can't be done here. Raises `ConfigError`.
+    def require_device(self, gpu: bool | None = None) -> None:
+        """Refuse a precision that the ranks' devices don't compute in. Raises `ConfigError`.
 
-        `objective` may be on the meta device.
+        `gpu`: whether ranks have one, where they run on other machines; None where they run on this one.
         """
-        if self.precision == "fp16" and not torch.cuda.is_available():
-            raise ConfigError("train.precision: fp16 needs a GPU, and none is here; use bf16 or fp32")
+        if self.precision != "fp16" or (torch.cuda.is_available() if gpu is None else gpu):
+            return
+        where = "none is here" if gpu is None else "the cluster's gpus_per_node is 0"
+        raise ConfigError(f"train.precision: fp16 needs a GPU, and {where}; use bf16 or fp32")
+
+    def require_possible(self, objective: nn.Module, gpu: bool | None = None) -> None:
+        """Refuse, before a process group starts, what can't be done where it will run. Raises `ConfigError`.
+
+        `objective` may be on the meta device. `gpu`: see `require_device`; of other machines nothing else
+        is known.
+        """
+        self.require_device(gpu)
         if self.offload and self.zero_stage == 0:
             raise ConfigError(
                 "train.offload: optimizer needs train.zero_stage of 1, 2 or 3, found 0: "
@@ -58,7 +68,7 @@ class EngineConfig(Config):
                 f"train.{setting}: found no repeated blocks in this model; leave it off, "
                 "or use an encoder that is built of blocks, such as a ViT or a ResNet"
             )
-        if self.compile and (missing := _missing_for_compile()):
+        if self.compile and gpu is None and (missing := _missing_for_compile()):
             raise ConfigError(
                 f"train.compile: {self.compile} needs {missing}, which isn't here; install it or leave it off"
             )

@@ -118,6 +118,15 @@ def test_what_is_wrong_fails_with_what_to_do(
         assert part in found[name].found
 
 
+def test_fp16_is_judged_by_where_it_runs(look: Look) -> None:
+    gpus = ClusterConfig(gpus_per_node=1, cpus_per_task=8)
+    assert look("train.precision=fp16", cluster=gpus)["model"].verdict == "pass"
+    refused = look("train.precision=fp16", cluster=ClusterConfig())["model"]
+    assert (refused.verdict, refused.found) == (
+        "fail", "train.precision: fp16 needs a GPU, and the cluster's gpus_per_node is 0"
+    )  # fmt: skip
+
+
 def test_shards_and_samples_are_looked_at(look: Look, digits: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(digits / "train", broken)

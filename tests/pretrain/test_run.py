@@ -154,6 +154,21 @@ def test_a_place_that_cannot_be_written_is_one_line() -> None:
         prepare(load("configs/smoke/mae.yaml", RunConfig, ["run.dir=/proc/keel"]), world_size=1)
 
 
+def test_a_folder_that_cannot_be_written_to_is_one_line(tmp_path: Path, digits: Path) -> None:
+    (tmp_path / "run" / ".lock").mkdir(parents=True)  # root may write anywhere else
+    with pytest.raises(UserError, match=r"run\.dir: .*/run can't be written to: Is a directory; look at"):
+        prepare(config_for(tmp_path / "run", digits), world_size=1)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_fp16_for_a_cluster_with_gpus_is_made_ready_here(tmp_path: Path, digits: Path) -> None:
+    folder = prepare(config_for(tmp_path / "run", digits, "train.precision=fp16"), world_size=1, gpu=True)
+    assert load(folder.config_file, RunConfig).train.precision == "fp16"
+    with pytest.raises(UserError, match="fp16 needs a GPU, and none is here"):
+        train(folder, StopRequest())
+    assert "fp16 needs a GPU" in folder.read_state()["error"]
+
+
 @pytest.mark.parametrize("override", BAD)
 def test_bad_settings_are_one_line_and_nothing_is_written(
     tmp_path: Path, digits: Path, override: str

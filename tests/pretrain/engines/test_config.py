@@ -39,6 +39,15 @@ def test_impossible_pairs(settings: dict[str, Any], message: str, monkeypatch: p
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_fp16_is_judged_by_where_it_runs(here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: here)
+    config = EngineConfig(precision="fp16")
+    config.require_possible(encoder(), gpu=True)
+    with pytest.raises(ConfigError, match="fp16 needs a GPU, and the cluster's gpus_per_node is 0"):
+        config.require_possible(encoder(), gpu=False)
+
+
 @pytest.mark.parametrize("setting", ["activation_checkpointing", "compile"])
 def test_a_model_without_blocks(setting: str) -> None:
     value = True if setting == "activation_checkpointing" else "blocks"
@@ -55,6 +64,7 @@ def test_compiling_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"train.compile: blocks needs a compiler \(g\+\+, c\+\+, clang"):
         EngineConfig(compile="blocks").require_possible(encoder())
+    EngineConfig(compile="blocks").require_possible(encoder(), gpu=True)  # nobody knows what is there
 
 
 def test_what_a_resumed_run_may_change() -> None:
