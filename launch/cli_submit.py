@@ -37,10 +37,11 @@ def submit(
     settings = load(config, RunConfig, [text for text in given if not text.startswith("+")])
     if dry_run:
         settings.micro_batch(where.ranks)
-        typer.echo(submit.dry_run(Path(settings.run.dir).expanduser().absolute(), where))
+        settings.train.require_device(where.gpu)
+        typer.echo(submit.dry_run([Path(settings.run.dir).expanduser()], where))
         return
     with progress_bar("demo data") as progress:
-        folder = prepare(settings, world_size=where.ranks, progress=progress)
+        folder = prepare(settings, world_size=where.ranks, gpu=where.gpu, progress=progress)
     (job,) = submit.submit([folder.root], where)
     if as_json:
         typer.echo(json.dumps({"job": job, "run": str(folder.root)}))

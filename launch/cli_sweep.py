@@ -17,7 +17,9 @@ def sweep(
         str | None, typer.Option("--cluster", metavar="FILE", help="where to run; by default this machine")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="ranks of each run on this machine")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list the runs")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list the runs, show the sbatch script; submit nothing")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="the runs as a JSON list on standard output")
     ] = False,
@@ -40,10 +42,14 @@ def sweep(
             typer.echo(f"{one.member.name}  {one.state}" + ("  -> submit" if one.due else ""))
     said = f"{asked.dir}: {len(planned)} runs, {due} to submit, {asked.parallel} at a time"
     typer.echo(said, err=as_json)
+    ranks, gpu = (where.ranks, where.gpu) if where else (nproc, None)
     if dry_run:
+        sweeps.require_fitting(planned, ranks, gpu)
+        if where and due:
+            typer.echo(sweeps.script(asked, planned, where), err=as_json)
         return
     with progress_bar("making ready") as progress:
-        sweeps.make_ready(planned, where.ranks if where else nproc, progress)
+        sweeps.make_ready(planned, ranks, progress, gpu)
     code = sweeps.start(
         asked, planned, cluster=where, nproc=nproc, say=lambda line: typer.echo(line, err=as_json)
     )

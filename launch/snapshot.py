@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -25,10 +26,7 @@ def take(into: Path) -> Path:
     Raises `RunError` where it can't be written.
     """
     files = _files()
-    digest = hashlib.sha256()
-    for name, path in files.items():
-        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    folder = into / digest.hexdigest()[:12]
+    folder = into / _digest(files)
     if folder.is_dir():
         return folder
     beside = into / f".{folder.name}.{os.getpid()}"
@@ -46,6 +44,18 @@ def take(into: Path) -> Path:
             return folder
         raise RunError(f"{into}: the code can't be copied here: {error.strerror}") from error
     return folder
+
+
+def place(into: Path) -> Path:
+    """What `take` would give; writes nothing."""
+    return into / _digest(_files())
+
+
+def _digest(files: Mapping[str, Path]) -> str:
+    digest = hashlib.sha256()
+    for name, path in files.items():
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 def _files() -> dict[str, Path]:

@@ -24,15 +24,11 @@ def submit(folders: Sequence[Path], cluster: ClusterConfig, *, parallel: int | N
     before = {folder: Submission.of(folder) for folder in folders}
     _refuse_running(before)
     cluster = cluster.model_copy(update={"parallel": parallel}) if parallel else cluster
-    home = (
-        folders[0]
-        if len(folders) == 1
-        else Path(os.path.commonpath([folder.parent for folder in folders])) / "submissions"
-    )
+    home = _home(folders)
     code = snapshot.take(home / "code")
     logs = home / "submitit"
     logs.mkdir(parents=True, exist_ok=True)
-    tasks = [Train(str(folder), cluster.signal_delay, cluster.exclude or "") for folder in folders]
+    tasks = [_task(folder, cluster) for folder in folders]
     jobs = slurm.submit(tasks, cluster, folder=logs, code=code, name=_name(folders))
     for folder, job in zip(folders, jobs, strict=True):
         older = before[folder]
@@ -42,13 +38,39 @@ def submit(folders: Sequence[Path], cluster: ClusterConfig, *, parallel: int | N
     return jobs
 
 
-def dry_run(folder: Path, cluster: ClusterConfig) -> str:
+def dry_run(folders: Sequence[Path], cluster: ClusterConfig, *, parallel: int | None = None) -> str:
     """The sbatch script and what each task will run. Needs no SLURM and writes nothing."""
+    folders = [folder.absolute() for folder in folders]
+    cluster = cluster.model_copy(update={"parallel": parallel}) if parallel else cluster
+    home = _home(folders)
     script = slurm.script(
-        cluster, folder=folder / "submitit", code=folder / "code" / "<hash of the code>", name=_name([folder])
+        cluster,
+        folder=home / "submitit",
+        code=snapshot.place(home / "code"),
+        name=_name(folders),
+        count=len(folders),
     )
-    each = f"launch.task.Train({str(folder)!r}): rank SLURM_PROCID of {cluster.ranks} of that run"
-    return f"{script.rstrip()}\n\n# each of the {cluster.ranks} tasks: {each}\n"
+    each = f"each of the {cluster.ranks} tasks is rank SLURM_PROCID of"
+    if len(folders) == 1:
+        tasks = [f"# {each} {_task(folders[0], cluster)}"]
+    else:
+        tasks = [
+            f"# SLURM_ARRAY_TASK_ID {n}: {each} {_task(folder, cluster)}" for n, folder in enumerate(folders)
+        ]
+    return "\n".join([script.rstrip(), "", *tasks]) + "\n"
+
+
+def _home(folders: Sequence[Path]) -> Path:
+    """Where the code and submitit's files of a submission lie: in the run, or beside several."""
+    if len(folders) == 1:
+        return folders[0]
+    return Path(os.path.commonpath([folder.parent for folder in folders])) / "submissions"
+
+
+def _task(folder: Path, cluster: ClusterConfig) -> Train:
+    return Train(
+        str(folder), cluster.signal_delay, cluster.ranks, cluster.gpus_per_node, cluster.exclude or ""
+    )
 
 
 def _refuse_running(before: dict[Path, Submission | None]) -> None:

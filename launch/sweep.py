@@ -18,7 +18,7 @@ from launch.cluster import ClusterConfig
 from launch.early_stop import SWEEP
 from launch.job import DONE, STOPPED
 from launch.registry import Run, look
-from launch.submit import submit
+from launch.submit import dry_run, submit
 from pretrain.config import RunConfig
 from pretrain.folder import write_atomically
 from pretrain.run import prepare
@@ -96,15 +96,28 @@ def _refuse_impossible_rule(sweep: SweepConfig, configs: Sequence[RunConfig]) ->
             )
 
 
+def require_fitting(planned: Sequence[Planned], ranks: int, gpu: bool | None = None) -> None:
+    """Refuse members that can't run on `ranks`, with GPUs or without, before any is made.
+
+    `gpu`: see `pretrain.run.prepare`. Raises `UserError`.
+    """
+    for one in planned:
+        if one.due:
+            one.config.micro_batch(ranks)
+            one.config.train.require_device(gpu)
+
+
 def make_ready(
-    planned: Sequence[Planned], ranks: int, progress: Callable[[int, int], None] = lambda done, total: None
+    planned: Sequence[Planned],
+    ranks: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    gpu: bool | None = None,
 ) -> None:
     """Make the folders of the members that are due; all are checked before the first. Raises `UserError`."""
+    require_fitting(planned, ranks, gpu)
     due = [one for one in planned if one.due]
-    for one in due:
-        one.config.micro_batch(ranks)
     for number, one in enumerate(due):
-        prepare(one.config, world_size=ranks)
+        prepare(one.config, world_size=ranks, gpu=gpu)
         progress(number + 1, len(due))
 
 
@@ -129,6 +142,12 @@ def start(
     for folder, job in zip(folders, submit(folders, cluster, parallel=sweep.parallel), strict=True):
         say(f"{folder.name}: job {job}")
     return DONE
+
+
+def script(sweep: SweepConfig, planned: Sequence[Planned], cluster: ClusterConfig) -> str:
+    """The sbatch script of what is due, and what its tasks will run. Needs no SLURM and writes nothing."""
+    folders = [one.folder for one in planned if one.due]
+    return dry_run(folders, cluster, parallel=sweep.parallel) if folders else ""
 
 
 def write_record(sweep: SweepConfig, planned: Sequence[Planned]) -> None:

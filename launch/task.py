@@ -10,6 +10,7 @@ an error                           raised: the job has failed
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import sys
 import threading
@@ -19,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from configs.errors import RunError
 from configs.loading import load
 from launch import nodes, queue, slurm
 from launch.incarnation import Incarnation, leave_when_superseded
@@ -46,10 +48,13 @@ class Train:
 
     root: str
     signal_delay: float  # seconds from SIGUSR2 to the end of the job
+    ranks: int
+    gpus_per_node: int = 0
     excluded: str = ""  # nodes that the cluster's config rules out
 
     def __call__(self) -> dict[str, Any]:
         here, root = slurm.place(), Path(self.root)
+        self._require_allocation(here)
         _hold_signals()
         Deadline(max(self.signal_delay - MARGIN, self.signal_delay / 2)).start()
         os.environ.update(here.environment())
@@ -73,6 +78,23 @@ class Train:
                 return {"reason": "cancelled"}
             leave(slurm.REQUEUE)
         raise TaskFailedError(f"rank {here.rank} failed:\n{_end_of_log(root, here.rank)}")
+
+    def _require_allocation(self, here: slurm.Place) -> None:
+        """Raises `RunError` where SLURM has given something else than the cluster's config asks for."""
+        if here.world_size != self.ranks:
+            raise RunError(
+                f"nodes, tasks_per_node: the cluster's config makes {self.ranks} ranks, but SLURM has "
+                f"started {here.world_size} on {', '.join(here.hosts)}; set both as the job gets them"
+            )
+        if not self.gpus_per_node:
+            return
+        import torch
+
+        if (seen := torch.cuda.device_count()) < here.local_world_size:
+            raise RunError(
+                f"gpus_per_node: found {self.gpus_per_node}, but {seen} can be seen on {platform.node()}; "
+                "each rank there needs one: look at the node's driver, the partition, and torch's build"
+            )
 
     def _prepare(self, root: Path, here: slurm.Place) -> None:
         """What one rank does for all before training: the time that is left, and nodes that fail."""

@@ -13,8 +13,10 @@ from launch import snapshot
 
 
 def test_a_snapshot_runs_by_itself(tmp_path: Path) -> None:
+    named = snapshot.place(tmp_path)
+    assert not list(tmp_path.iterdir())
     folder = snapshot.take(tmp_path)
-    assert snapshot.take(tmp_path) == folder
+    assert snapshot.take(tmp_path) == folder == named
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     asked = "import launch.job, configs; print(launch.__file__, configs.__file__)"
     said = subprocess.run(

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from launch import slurm, task
+from configs.errors import RunError
+from launch import slurm, snapshot, task
 from launch.job import DONE, LOST_PEER, OUR_FAULT, STOPPED, USERS_INPUT, Outcome
 from launch.submission import Submission
 from pretrain.folder import RunFolder
@@ -60,7 +62,30 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
         "--dry-run",
     ]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.startswith("#!/bin/bash") and f"launch.task.Train('{tmp_path}/run')" in said
+    assert said.startswith("#!/bin/bash")
+    assert f"tasks is rank SLURM_PROCID of Train(root='{tmp_path}/run', signal_delay=120, ranks=1" in said
+    assert f"PYTHONPATH={snapshot.place(tmp_path / 'run' / 'code')}$" in said
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"ranks": 4}, r"nodes, tasks_per_node: .* makes 4 ranks, but SLURM has started 2 on here;"),
+        (
+            {"ranks": 2, "gpus_per_node": 2},
+            r"gpus_per_node: found 2, but 0 can be seen on .* each rank .* needs",
+        ),
+    ],
+)
+def test_an_allocation_that_isnt_the_clusters_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, int], line: str
+) -> None:
+    here = slurm.Place(1, 2, 1, 2, 0, ("here",), "7", tmp_path)
+    monkeypatch.setattr(slurm, "place", lambda: here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(RunError, match=line):
+        task.Train(str(tmp_path), 60, **given)()
     assert not list(tmp_path.iterdir())
 
 
@@ -75,7 +100,7 @@ def end_of_task(root: str, outcome: Outcome, cancelled: bool) -> int:
         here = slurm.Place(1, 2, 1, 2, 0, ("here",), "7", Path(root))
         slurm.place = lambda: here  # type: ignore[assignment]
         try:
-            task.Train(root, 60)()
+            task.Train(root, 60, ranks=2)()
         except task.TaskFailedError:
             os._exit(FAILED)
         os._exit(0)
@@ -118,7 +143,7 @@ def outstays_its_time(root: str) -> int:
         task._threads = lambda path: "1"  # type: ignore[assignment]
         here = slurm.Place(1, 2, 1, 2, 0, ("here",), "7", Path(root))
         slurm.place = lambda: here  # type: ignore[assignment]
-        task.Train(root, 0.5)()
+        task.Train(root, 0.5, ranks=2)()
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 

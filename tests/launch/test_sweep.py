@@ -102,6 +102,28 @@ def test_every_member_is_checked_before_the_first_is_made(file: Callable[..., st
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_dry_run_shows_the_script_of_what_is_due(
+    file: Callable[..., str], tmp_path: Path, keel: Callable[..., tuple[int, str, str]]
+) -> None:
+    asked = ("sweep", file(parallel=3), "+nodes=2", "--cluster", "clusters/slurm", "--dry-run")
+    code, out, _ = keel(*asked)
+    listed, _, script = out.partition("3 at a time\n")
+    assert code == 0 and listed.count("-> submit") == 6
+    assert script.startswith("#!/bin/bash\n") and "\n#SBATCH --array=0-5%3\n" in script
+    assert "\n#SBATCH --nodes=2\n" in script and "\n#SBATCH --job-name=keel-sweep\n" in script
+    first, *_, last = [line for line in script.splitlines() if line.startswith("# SLURM_ARRAY_TASK_ID")]
+    assert first.startswith(
+        "# SLURM_ARRAY_TASK_ID 0: each of the 2 tasks is rank SLURM_PROCID of Train(root="
+    )
+    assert f"{tmp_path / 'sweep'}/smoke-mae-lr=0.003,seed=1-" in last
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    code, out, err = keel(*asked, "--json")
+    assert len(json.loads(out)) == 6 and "#SBATCH --array=0-5%3" in err
+    code, _, err = keel(*asked, "+nodes=5")
+    assert (code, "32 can't be shared equally by 5 ranks" in err) == (2, True)
+    assert not (tmp_path / "sweep").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
@@ -167,7 +189,7 @@ def test_a_sweep_runs_here_and_its_members_give_themselves_up(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """Two real runs that find themselves worse than another one, a table of them, and nothing left to do."""
+    """Two real runs that find themselves worse than others, a table of them, and nothing left to do."""
     rule = {"rule": "halving", "metric": "loss", "rungs": [0.0005]}
     overrides = {"data.manifest": str(digits), "train.duration": "20000 steps", "data.workers": 0}
     path = file(grid={"run.seed": [0, 1]}, early_stop=rule, overrides=overrides)
@@ -183,8 +205,11 @@ def test_a_sweep_runs_here_and_its_members_give_themselves_up(
     assert [run["submit"] for run in json.loads(keel("sweep", path, "--dry-run", "--json"))] == [True, True]
     root = tmp_path / "sweep"
     assert not root.exists()
-    (root / "unbeatable").mkdir(parents=True)
-    (root / "unbeatable" / "early_stop.json").write_text('{"rungs": {"0.0005": {"value": 0.0}}}')
+    for number in range(3):  # so many that both are stopped, whichever comes to the rung first
+        (root / f"unbeatable-{number}").mkdir(parents=True)
+        (root / f"unbeatable-{number}" / "early_stop.json").write_text(
+            '{"rungs": {"0.0005": {"value": 0.0}}}'
+        )
     keel("sweep", path)
     runs = json.loads(keel("runs", str(root), "--json"))
     assert [(run["state"], run["note"], run["objective"]) for run in runs] == [
