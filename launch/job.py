@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from configs.errors import UserError
 from launch.early_stop import watching
 from launch.logs import rank_log, redirected, speaking
+from launch.run_files import is_echo
 
 if TYPE_CHECKING:
     from pretrain.health import StopRequest
@@ -87,8 +88,7 @@ def job(root: Path, hung: Callable[[], object] = hang_up) -> Outcome:
 
 def lost_a_peer(error: Exception) -> bool:
     """Whether the error is an echo: the failure of another rank, seen as a broken connection."""
-    told = str(error)
-    return any(sign in told for sign in ("Connection closed by peer", "Connection reset by peer"))
+    return is_echo(str(error))
 
 
 def as_lines(error: UserError) -> str:

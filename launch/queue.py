@@ -24,6 +24,7 @@ _WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPE
 _AT_WORK = frozenset(
     {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
 )
+_MAY_COME_BACK = frozenset({"NODE_FAIL", "PREEMPTED", "BOOT_FAIL"})
 GONE = "GONE"
 """State of a job that the controller has forgotten and accounting, where there is any, doesn't know."""
 
@@ -63,7 +64,12 @@ def states(job_ids: Iterable[str], timeout: float = 5.0) -> Mapping[str, JobStat
     missing = wanted - found.keys()
     if missing:
         recorded = _sacct(missing, timeout)
-        found |= {job: state for job, state in recorded.items() if job in missing}
+        # For some seconds accounting calls a job ended that is being run again: only the controller knows.
+        found |= {
+            job: state
+            for job, state in recorded.items()
+            if job in missing and not (said is None and state.state in _MAY_COME_BACK)
+        }
     if said is not None:  # the controller has answered, so what it doesn't know has ended
         found |= dict.fromkeys(wanted - found.keys(), JobState(GONE))
     return found

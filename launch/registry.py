@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from configs.errors import RunError
 from launch import queue
-from launch.queue import JobState
-from launch.run_files import Facts, Row, last_words, read, run_folders
+from launch.queue import GONE, JobState
+from launch.run_files import Facts, Row, is_echo, last_words, read, run_folders
 
 State = Literal[
     "new", "pending", "running", "requeued", "stale", "done", "stopped", "failed", "cancelled", "lost"
@@ -134,6 +134,10 @@ def _run(facts: Facts, job: JobState | None, metric: str | None, stale_after: fl
     )  # fmt: skip
     if state in ("failed", "lost") and not note:
         note = last_words(facts)
+    if state in ("failed", "lost") and job is not None and not note:
+        known = ", ".join(filter(None, [f"SLURM: {job.state}", job.reason]))
+        known = f"SLURM knows no job {facts.slurm_job}" if job.state == GONE else known
+        note = f"{known}, and nothing was printed; see that its nodes can write to {facts.path}"
     step, total = max(int(last.get("step", 0)), int(run.get("step", 0))), run.get("total_steps")
     pace = [row["seconds"] for row in facts.rows if row.get("seconds")]
     eta = None
@@ -164,6 +168,10 @@ def judge(
     the heartbeat, in seconds.
     """
     status, attempts = run.get("status", "new"), run.get("attempts") or []
+    error = str(run.get("error") or "")
+    if status == "failed" and is_echo(error):
+        # The word of a rank that lost a peer: what became of the job, or what ended the peer, says more.
+        status, error = "failed" if job is None and not submitted else "running", ""
     silent = status == "running" and age is not None and age > stale_after
     if status == "done":
         return "done", ""
@@ -174,7 +182,7 @@ def judge(
     if cancelled or (job is not None and job.state == "CANCELLED" and status != "failed"):
         return "cancelled", ""
     if status == "failed":
-        return "failed", str(run.get("error") or "")
+        return "failed", error
     if status == "stopped":
         return "stopped", str((attempts[-1].get("reason") if attempts else None) or "")
     if job is not None:
@@ -188,7 +196,7 @@ def _without_a_word(job: JobState) -> tuple[State, str]:
     """Of a run whose job has ended while the run itself says nothing of an end."""
     if job.state in ("FAILED", "OUT_OF_MEMORY"):
         return "failed", "" if job.state == "FAILED" else "SLURM: out of memory"
-    return "lost", "" if job.state in ("GONE", "COMPLETED") else f"SLURM: {job.state}"
+    return "lost", "" if job.state in (GONE, "COMPLETED") else f"SLURM: {job.state}"
 
 
 def best(evaluations: Sequence[Row], metric: str | None = None) -> Score | None:

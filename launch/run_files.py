@@ -15,7 +15,7 @@ from pydantic_core import from_json  # several times as quick as the standard li
 
 _TAIL = 16_384
 _ERROR = re.compile(r"error: |[\w.]*(?:Error|Exception|Interrupt)\b|.*\b(?:Killed|Segmentation fault|oom)\b")
-_ECHO = re.compile(r".*Connection (?:closed|reset) by peer")
+_ECHO = re.compile(r"Connection (?:closed|reset) by peer|gloo.*Broken pipe|ncclRemoteError", re.DOTALL)
 
 Row = Mapping[str, Any]
 
@@ -131,7 +131,7 @@ def last_words(facts: Facts) -> str:
 def _last_line(text: str) -> tuple[str, bool]:
     """(the last line, or the last that is an error and no echo of another rank's; whether it is one)."""
     lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("--- ")]
-    errors = [line for line in lines if _ERROR.match(line) and not _ECHO.match(line)]
+    errors = [line for line in lines if _ERROR.match(line) and not is_echo(line)]
     return (errors or lines or [""])[-1][:300], bool(errors)
 
 
@@ -148,6 +148,11 @@ def _end(path: Path, size: int) -> tuple[bytes, bool]:
         return b"", False
     finally:
         os.close(file)
+
+
+def is_echo(text: str) -> bool:
+    """Whether an error only tells that another rank is gone: gloo's words for it, or NCCL's."""
+    return _ECHO.search(text) is not None
 
 
 def read_json(path: Path) -> Row:

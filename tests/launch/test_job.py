@@ -102,4 +102,10 @@ def test_every_line_of_an_error_is_marked() -> None:
 
 def test_the_echo_of_another_ranks_failure_is_no_fault_of_this_one() -> None:
     assert lost_a_peer(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:20368. GLHF!"))
+    assert lost_a_peer(RuntimeError("[/gloo/transport/tcp/pair.cc:72]\nwritev [10.0.0.1]:9: Broken pipe"))
+    nccl = (
+        "remote process exited or there was a network error\nncclRemoteError: A call failed possibly due to"
+    )
+    assert lost_a_peer(RuntimeError(nccl))
     assert not lost_a_peer(RuntimeError("shapes differ"))
+    assert not lost_a_peer(BrokenPipeError(32, "Broken pipe"))  # of whatever else the run talks to

@@ -10,9 +10,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def submission(job: str = "7_1", *, executor: str = "slurm", **changes: Any) -> 
 RUNNING = {"status": "running", "attempts": attempts()}
 PREEMPTED = {"status": "stopped", "attempts": attempts("preempted")}
 FAILED = {"status": "failed", "attempts": attempts(), "error": "loss was not finite"}
+ECHO = FAILED | {"error": "RuntimeError('[pair.cc:553] Connection closed by peer [127.0.0.1]:20368')"}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,15 @@ FAILED = {"status": "failed", "attempts": attempts(), "error": "loss was not fin
         (PREEMPTED, {"job": JobState("COMPLETED")}, ("stopped", "preempted")),
         (FAILED, {"job": JobState("FAILED")}, ("failed", "loss was not finite")),
         (RUNNING, {"job": JobState("CANCELLED", "by 0")}, ("cancelled", "")),
+        # a rank that lost a peer has said so
+        (ECHO, {"job": JobState("RUNNING"), "age": 9.0}, ("running", "")),
+        (ECHO, {"job": JobState("PENDING", "BeginTime")}, ("requeued", "BeginTime")),
+        (ECHO, {"job": JobState("NODE_FAIL")}, ("lost", "SLURM: NODE_FAIL")),
+        (ECHO, {"job": JobState("FAILED")}, ("failed", "")),
+        (ECHO, {"job": JobState("CANCELLED")}, ("cancelled", "")),
+        (ECHO, {"submitted": True, "age": 9.0}, ("running", "")),
+        (ECHO, {"submitted": True, "age": 400.0}, ("stale", "")),
+        (ECHO, {"age": 9.0, "held": False}, ("failed", "")),
         # marked by keel cancel
         (PREEMPTED, {"cancelled": True}, ("cancelled", "")),
         (RUNNING, {"cancelled": True, "job": JobState("COMPLETING")}, ("running", "")),
@@ -264,6 +276,40 @@ def test_the_last_error_is_that_of_the_rank_that_failed(tmp_path: Path, jobs: di
     output.write_text("srun: error: node1: task 0: Killed\n")
     (run / "slurm.json").write_text(json.dumps(submission(log_folder=str(output.parent))))
     assert list_runs(tmp_path)[0].note == "srun: error: node1: task 0: Killed"
+
+
+def test_a_job_that_left_no_word_says_where_to_look(tmp_path: Path, jobs: dict[str, JobState]) -> None:
+    """As where the run folder isn't there on the nodes."""
+    make_run(tmp_path / "run", run=state(status="new"), job=submission())
+    jobs["7_1"] = JobState("FAILED", "JobLaunchFailure", "node1", 0, 1)
+    (run,) = list_runs(tmp_path)
+    silent = f", and nothing was printed; see that its nodes can write to {tmp_path / 'run'}"
+    assert (run.state, run.note) == ("failed", f"SLURM: FAILED, JobLaunchFailure{silent}")
+    jobs["7_1"] = JobState(GONE)
+    (run,) = list_runs(tmp_path)
+    assert (run.state, run.note) == ("lost", f"SLURM knows no job 7_1{silent}")
+
+
+@pytest.mark.parametrize(
+    "accounting", ["exec sleep 300", "echo 'accounting storage is disabled' >&2; exit 1"]
+)
+def test_the_table_comes_whether_slurm_answers_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accounting: str
+) -> None:
+    """A controller that hangs, and accounting that hangs too or isn't there."""
+    for name, body in (("squeue", "exec sleep 300"), ("sacct", accounting)):
+        program = tmp_path / "bin" / name
+        program.parent.mkdir(exist_ok=True)
+        program.write_text(f"#!/bin/sh\n{body}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(queue, "states", partial(queue.states, timeout=0.3))
+    for name, run in (("echo", ECHO), ("failed", FAILED), ("running", RUNNING)):
+        make_run(tmp_path / "runs" / name, run=state(**run, heartbeat=ago(9)), job=submission())
+    began = time.monotonic()
+    found = list_runs(tmp_path / "runs", now=NOW.timestamp())
+    assert [run.state for run in found] == ["running", "failed", "running"]
+    assert time.monotonic() - began < 60
 
 
 # ---- commands --------------------------------------------------------------------------------
