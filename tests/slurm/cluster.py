@@ -194,17 +194,44 @@ class Cluster:
             if Path(f"/proc/{child}/comm").read_text().strip() == "slurmd":
                 os.kill(int(child), signal.SIGKILL)
 
+    def hide(self, folder: Path) -> None:
+        """Lay an empty file system over `folder` that can't be written to, as both nodes see it."""
+        for init in self._nodes.values():
+            mount = ("mount", "-t", "tmpfs", "-o", "ro,size=4k", "none", str(folder))
+            subprocess.run(["nsenter", "--mount", "--target", str(init), *mount], check=True)
+
+    def show(self, folder: Path) -> None:
+        """Undo `hide`."""
+        for init in self._nodes.values():
+            subprocess.run(["nsenter", "--mount", "--target", str(init), "umount", str(folder)], check=True)
+
+    def strays(self) -> list[str]:
+        """What runs on the nodes besides slurmd and the shell that is their init: pids and command lines."""
+        found: list[str] = []
+        for init in self._nodes.values():
+            inside = ["pgrep", "--ns", str(init), "--nslist", "pid", "-a", "."]
+            listed = subprocess.run(inside, capture_output=True, text=True, check=False).stdout.splitlines()
+            for line in listed:
+                pid, _, command = line.partition(" ")
+                if pid != str(init) and not command.startswith(("slurmd -D ", "sleep 1")):
+                    found.append(line)
+        return found
+
     def declare_down(self, number: int) -> None:
         """What SLURM would find out by itself in half a minute."""
         self.run("scontrol", "update", f"nodename=node{number}", "state=down", "reason=crash")
 
     def whole(self) -> None:
-        """Wait until no job is left and both nodes are idle, undrained; raises TimeoutError."""
+        """Wait until no job or process is left and both nodes are idle, undrained; raises TimeoutError."""
         until(lambda: not self.run("squeue", "-h", "-o", "%A"), "no job is left")
         until(
             lambda: self.run("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split() == ["idle"] * 2,
             "idle nodes",
         )
+        try:
+            until(lambda: not self.strays(), "no process is left on a node", 30)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {self.strays()}") from error
 
     # ---- questions
 

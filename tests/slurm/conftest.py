@@ -12,6 +12,7 @@ import pytest
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
 from tests.slurm.cluster import Cluster, missing
+from tests.slurm.site import Site
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +33,9 @@ def _cluster() -> Iterator[Cluster]:
 def slurm(
     _cluster: Cluster, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> Iterator[Cluster]:
-    """The cluster, which this process's own commands then mean. It has to be idle and whole afterwards."""
+    """The cluster, which this process's own commands then mean. It has to be idle and whole afterwards,
+    with no process left on its nodes.
+    """
     for name in ("SLURM_CONF", "PATH"):
         monkeypatch.setenv(name, _cluster.environment[name])
     yield _cluster
@@ -40,6 +43,12 @@ def slurm(
     if left:
         _cluster.run("scancel", *left)
     _cluster.whole()
+
+
+@pytest.fixture
+def site(slurm: Cluster, tmp_path: Path) -> Site:
+    """Commands of the cluster that this process finds in trouble, when told to."""
+    return Site(tmp_path / "site")
 
 
 @pytest.fixture(scope="session")

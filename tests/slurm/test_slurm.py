@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +19,17 @@ import pytest
 
 from configs.errors import RunError
 from configs.loading import load
-from launch import submit
+from launch import queue, submit
 from launch.cluster import ClusterConfig, load_cluster
+from launch.registry import look
 from launch.submission import Submission
 from pretrain.config import RunConfig
 from pretrain.folder import RunFolder
 from pretrain.health import StopRequest
 from pretrain.run import prepare, train
 from tests.slurm.cluster import Cluster, until
+from tests.slurm.site import Site
+from tests.wandb_files import rows_of
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 Ranks = Callable[..., list[Any]]
@@ -109,15 +117,24 @@ def attempts(root: Path) -> list[dict[str, Any]]:
 def test_two_nodes_with_two_tasks_train_as_one_process_does(
     slurm: Cluster, tmp_path: Path, digits: Path, ranks: Ranks
 ) -> None:
-    """Three objectives as one job array, one at a time."""
+    """Three objectives as one job array, one at a time: with a decoder, with a queue, with texts."""
     where = two_by_two("parallel=1")
-    names = ("mae", "moco")
-    roots = [prepared(config(tmp_path / name, digits, *SHORT, smoke=name), where) for name in names]
-    jobs = submit.submit(roots, where)
-    for job, root in zip(jobs, roots, strict=True):
+    captioned = (
+        "data.demo.samples=128",
+        "data.demo.val_samples=32",
+        f"data.manifest={tmp_path}/shapes/train/manifest.json",
+        f"data.tokenizer.path={tmp_path}/words.json",
+    )
+    asked = {"mae": SHORT, "moco": SHORT, "clip": (*SHORT, *captioned)}
+    roots = {
+        name: prepared(config(tmp_path / name, digits, *own, smoke=name), where)
+        for name, own in asked.items()
+    }
+    jobs = submit.submit(list(roots.values()), where)
+    for job, root in zip(jobs, roots.values(), strict=True):
         ended(slurm, job, root)
-    for name, root in zip(names, roots, strict=True):
-        alone = uninterrupted(ranks, 1, config(tmp_path / f"{name}-1", digits, *SHORT, smoke=name))
+    for name, root in roots.items():
+        alone = uninterrupted(ranks, 1, config(tmp_path / f"{name}-1", digits, *asked[name], smoke=name))
         assert losses(root) == pytest.approx(alone, rel=1e-4)
         assert attempts(root)[-1]["world_size"] == 4
 
@@ -128,42 +145,93 @@ ENDLESS = ("train.duration=1_000_000 steps", "checkpoint.every=10 steps")
 
 
 def test_a_run_outlives_whatever_slurm_does_to_it(
-    slurm: Cluster, tmp_path: Path, digits: Path, ranks: Ranks
+    slurm: Cluster, tmp_path: Path, digits: Path, ranks: Ranks, site: Site
 ) -> None:
-    """The signal of the time limit, a requeue without warning, and a node's crash, in one run."""
-    where = cluster("nodes=2", "tasks_per_node=1")
+    """The time limit's signal, a user's, a requeue without warning, and a node's crash, in one run.
+
+    What `keel runs` says of it is looked at all the while.
+    """
+    where = cluster("nodes=2", "tasks_per_node=1", "signal_delay=30")
     root = prepared(config(tmp_path / "run", digits, *LONGER), where)
     (job,) = submit.submit([root], where)
+    with site.looks_at(root) as views:
+        at_step(root, 30)
+        with standing_still(root) as pids:  # SLURM looks at limits twice a minute
+            slurm.run("scontrol", "update", f"JobId={job}", "EndTime=now+60")
+            until(lambda: any(signalled(pid) for pid in pids), "SLURM's own signal", 90)
+        again(root, 2, "preempted")
+        slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
-    at_step(root, 60)
-    slurm.run("scancel", "--signal=USR2", job)
-    until(lambda: len(attempts(root)) == 2, "the second attempt", LONG)
-    assert attempts(root)[0]["reason"] == "preempted"
+        at_step(root, 80)
+        slurm.run("scancel", "--signal=USR2", job)
+        again(root, 3, "preempted")
 
-    at_step(root, 180)
-    slurm.run("scontrol", "requeue", job)
-    until(lambda: len(attempts(root)) == 3, "the third attempt", LONG)
+        at_step(root, 180)
+        slurm.run("scontrol", "requeue", job)
+        again(root, 4)
 
-    at_step(root, 320)
-    slurm.crash_node(2)
-    slurm.declare_down(2)
-    time.sleep(1)
-    slurm.start_node(2)
-    until(lambda: len(attempts(root)) == 4, "the fourth attempt", LONG)
-    ended(slurm, job, root)
+        at_step(root, 320)
+        slurm.crash_node(2)
+        slurm.declare_down(2)
+        time.sleep(1)
+        slurm.start_node(2)
+        again(root, 5)
+        ended(slurm, job, root)
+        until(lambda: views[site.KNOWING][-1:] == ["done"], "the table says that it is done")
 
     assert losses(root) == uninterrupted(ranks, 2, config(tmp_path / "whole", digits, *LONGER[:2]))
-    assert [a["world_size"] for a in attempts(root)] == [2] * 4
-    runs = {path.name.rsplit("-", 1)[-1] for path in (root / "wandb").glob("offline-run-*")}
-    assert runs == {RunFolder(root).read_state()["id"]}
-    slurm.whole()
-    assert not processes_of(root)
+    assert [a["world_size"] for a in attempts(root)] == [2] * 5
+    for view, states in views.items():
+        # Where the controller doesn't answer, the run's own last word counts: that it has saved and left.
+        honest = {"pending", "running", "requeued", "done"} | (
+            {"stopped"} if "squeue fails" in view else set()
+        )
+        assert set(states) <= honest, (view, states)
+    assert views[site.KNOWING].count("requeued") == 4
+    assert sent_to_wandb(root)[-1] == 600
 
 
-def processes_of(root: Path) -> list[str]:
-    """Command lines of processes that still name the run."""
-    found = subprocess.run(["pgrep", "-af", str(root)], capture_output=True, text=True, check=False).stdout
-    return found.splitlines()
+def again(root: Path, attempt: int, reason: str | None = None) -> None:
+    """Wait for an attempt; the one before must have ended so. SLURM hasn't been told of any result."""
+    until(lambda: len(attempts(root)) == attempt, f"attempt {attempt}", LONG)
+    if reason is not None:
+        assert attempts(root)[-2]["reason"] == reason
+    assert not list((root / "submitit").glob("*_result.pkl"))
+
+
+@contextmanager
+def standing_still(root: Path) -> Iterator[list[int]]:
+    """Meanwhile the run's ranks are stopped, so that a wait for SLURM costs no steps; gives their pids."""
+    found = subprocess.run(["pgrep", "-f", f"submitit.*{root}"], capture_output=True, text=True, check=True)
+    pids = [int(pid) for pid in found.stdout.split()]
+    pids = [pid for pid in pids if Path(f"/proc/{pid}/comm").read_text().startswith("python")]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield pids
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def signalled(pid: int) -> bool:
+    """Whether SIGUSR2 waits for a stopped process, or SLURM has woken it and it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return True
+    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*(\w+)", status, re.MULTILINE)
+    return any(int(mask, 16) >> (signal.SIGUSR2 - 1) & 1 for mask in masks)
+
+
+def sent_to_wandb(root: Path) -> list[int]:
+    """Steps of the rows that all attempts sent to W&B: under the id of the run, and none twice."""
+    files = list((root / "wandb").glob("offline-run-*/*.wandb"))
+    assert {path.stem for path in files} == {f"run-{RunFolder(root).read_state()['id']}"}
+    steps = sorted(row["_step"] for path in files for row in rows_of(path))
+    assert len(steps) == len(set(steps))
+    return steps
 
 
 def test_a_more_important_job_gets_the_nodes_and_the_run_comes_back(
@@ -193,9 +261,15 @@ def test_a_cancelled_run_stays_away(slurm: Cluster, tmp_path: Path, digits: Path
 
 
 def test_a_node_that_failed_twice_is_avoided(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
-    root = prepared(config(tmp_path / "run", digits, *SHORT), cluster())
+    """The controller takes its time, so that the requeue's own SIGTERM comes while its command is at work."""
+    slow = tmp_path / "slow" / "scontrol"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\n{shutil.which("scontrol")} "$@"; code=$?; sleep 1; exit $code\n')
+    slow.chmod(0o755)
+    where = cluster(f"setup=['export PATH={slow.parent}:$PATH']")
+    root = prepared(config(tmp_path / "run", digits, *SHORT), where)
     (root / "nodes.json").write_text(json.dumps({"starts": [], "failures": {"node1": 2}}))
-    (job,) = submit.submit([root], cluster())
+    (job,) = submit.submit([root], where)
     ended(slurm, job, root)
     starts = json.loads((root / "nodes.json").read_text())["starts"]
     assert [start["hosts"] for start in starts] == [["node1"], ["node2"]]
@@ -251,36 +325,70 @@ def test_the_job_runs_the_code_that_was_submitted(slurm: Cluster, tmp_path: Path
 def test_the_dry_run_is_what_slurm_takes(slurm: Cluster, tmp_path: Path) -> None:
     where = two_by_two("memory_gb=1.5", "exclusive=true", "parallel=3", 'extra={comment: "two words"}')
     script = tmp_path / "job.sh"
-    script.write_text(submit.dry_run(tmp_path / "run", where))
+    script.write_text(submit.dry_run([tmp_path / "run"], where))
     slurm.run("sbatch", "--test-only", str(script))
     subprocess.run(["bash", "-n", str(script)], check=True)
+    members = [tmp_path / "sweep" / name for name in "abc"]
+    script.write_text(submit.dry_run(members, where, parallel=2))
+    assert "#SBATCH --array=0-2%2\n" in script.read_text()
+    slurm.run("sbatch", "--test-only", str(script))
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"),
+    ("settings", "said"),
     [
-        ("partition=nowhere", "invalid partition"),
-        ("memory_gb=900", "Memory specification can not be satisfied"),
-        ("extra={gpus-per-node: 9}", "Invalid generic resource"),
+        (["partition=nowhere"], "invalid partition"),
+        (["memory_gb=900"], "Memory specification can not be satisfied"),
+        (["gpus_per_node=9", "tasks_per_node=9"], "Invalid generic resource"),
     ],
 )
 def test_what_slurm_refuses_is_said_in_its_words(
-    slurm: Cluster, tmp_path: Path, digits: Path, setting: str, said: str
+    slurm: Cluster, tmp_path: Path, digits: Path, settings: list[str], said: str
 ) -> None:
     root = prepared(config(tmp_path / "run", digits), cluster())
-    with pytest.raises(RunError, match=said):
-        submit.submit([root], cluster(setting))
+    with pytest.raises(RunError, match=said) as refusal:
+        submit.submit([root], cluster(*settings))
+    assert str(refusal.value).startswith("sbatch refused the job: ") and "\n" not in str(refusal.value)
     assert Submission.of(root) is None
 
 
 def test_an_error_of_the_run_is_the_jobs_failure(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
     """As a manifest that isn't there on the node: known only once the job runs."""
-    settings = config(tmp_path / "run", digits)
     copy = tmp_path / "data"
     shutil.copytree(digits, copy)
     root = prepared(config(tmp_path / "run", copy), cluster())
     copy.rename(tmp_path / "elsewhere")
     (job,) = submit.submit([root], cluster())
     until(lambda: slurm.state(job).startswith("FAILED"), f"{job} fails", LONG)
-    assert "manifest.json" in RunFolder(root).read_state()["error"]
-    assert settings.run.dir == root
+    (run,) = look([root])
+    assert run.state == "failed" and run.note.startswith(f"data.manifest: {copy}/train/manifest.json"), (
+        run.note
+    )
+
+
+def test_a_job_that_dies_without_a_word_is_told_by_whoever_knows(
+    slurm: Cluster, tmp_path: Path, digits: Path, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run folder can't be written to on the nodes; controller, accounting or nobody remembers it."""
+    root = prepared(config(tmp_path / "run", digits), cluster())
+    slurm.hide(root)
+    try:
+        (job,) = submit.submit([root], cluster())
+        until(lambda: slurm.state(job) == "FAILED", f"{job} fails", LONG)
+    finally:
+        slurm.show(root)
+    monkeypatch.setattr(queue, "states", partial(queue.states, timeout=2.0))
+    silent = f", and nothing was printed; see that its nodes can write to {root}"
+    forgotten = ("lost", f"SLURM knows no job {job}{silent}")
+    expected = {
+        (): ("failed", f"SLURM: FAILED, JobLaunchFailure{silent}"),
+        ("squeue forgets",): ("failed", f"SLURM: FAILED{silent}"),
+        ("squeue forgets", "sacct fails"): forgotten,
+        ("squeue forgets", "sacct hangs"): forgotten,
+        ("squeue fails", "sacct hangs"): ("new", "submitted, but SLURM doesn't answer"),
+    }
+    for trouble, said in expected.items():
+        with site.trouble(*trouble):
+            (run,) = look([root])
+        assert (run.state, run.note) == said, trouble
+    assert look([root])[0].resumable

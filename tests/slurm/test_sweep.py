@@ -40,9 +40,10 @@ def keel(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
 
 def sweep_file(tmp_path: Path, digits: Path, moved: Path) -> Path:
-    """Six members, two at a time; the last reads data that will have gone when it starts."""
+    """Six members of two objectives, two at a time; the last one's data will have gone when it starts."""
     good = f"{digits}/train/manifest.json"
-    members = [{"run.seed": seed, "data.manifest": good} for seed in range(5)]
+    members: list[dict[str, Any]] = [{"run.seed": seed, "data.manifest": good} for seed in range(4)]
+    members.append({"config": "smoke/moco", "run.seed": 4, "data.manifest": good})
     members.append({"run.seed": 5, "data.manifest": f"{moved}/train/manifest.json"})
     sweep = {
         "dir": str(tmp_path / "sweep"), "configs": ["smoke/mae"], "parallel": 2, "members": members,
@@ -80,6 +81,7 @@ def test_six_members_two_at_a_time_and_only_the_one_that_failed_again(
     assert max(at_once) == 2
     table = keel("runs", root, "--sort=job")
     assert [run["state"] for run in table] == ["done"] * 5 + ["failed"], table
+    assert [run["objective"] for run in table] == ["mae"] * 4 + ["moco", "mae"]
     assert "manifest.json" in table[-1]["note"]
     assert all(run["best"]["metric"] == "knn/top1" and run["step"] == 4 for run in table[:5])
 

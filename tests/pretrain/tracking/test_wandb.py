@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 
 from pretrain.tracking.wandb import Wandb, _mode, has_key
 from pretrain.types import Progress, Scores
+from tests.wandb_files import rows_of
 
 
 @pytest.fixture(autouse=True)
@@ -36,45 +34,12 @@ def attempt(root: Path, already_sent: int, steps: range) -> None:
     tracker.finish("preempted")
 
 
-def records(file: Path) -> Iterator[Any]:
-    """What would be sent, from the offline file: 7 bytes of heading, then records in LevelDB's log format.
-
-    Blocks of 32 KiB hold pieces of 4 bytes checksum, 2 length, 1 kind (1 whole, 2 first, 3 middle, 4 last).
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, whole = file.read_bytes(), 7, b""
-    while at < len(data):
-        left_in_block = 32768 - at % 32768
-        if left_in_block < 7:
-            at += left_in_block
-            continue
-        length, kind = struct.unpack_from("<HB", data, at + 4)
-        if at + 7 + length > len(data):
-            return  # still being written
-        whole += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(whole)
-            yield record
-            whole = b""
-
-
 def history(file: Path, count: int, patience: float = 20.0) -> list[dict[str, Any]]:
     """Rows of a finished run; W&B's own process may still be writing the last of them on a busy machine."""
     deadline = time.monotonic() + patience
     while len(rows := rows_of(file)) < count and time.monotonic() < deadline:
         time.sleep(0.2)
     return rows
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [
-        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-        for record in records(file)
-        if record.HasField("history")
-    ]
 
 
 def test_a_restart_goes_on_in_the_same_run_and_repeats_nothing(tmp_path: Path) -> None:
