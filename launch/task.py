@@ -54,8 +54,8 @@ class Train:
 
     def __call__(self) -> dict[str, Any]:
         here, root = slurm.place(), Path(self.root)
-        self._require_allocation(here)
         _hold_signals()
+        self._require_allocation(here)
         Deadline(max(self.signal_delay - MARGIN, self.signal_delay / 2)).start()
         os.environ.update(here.environment())
         if (mine := Incarnation.mine()) is not None:

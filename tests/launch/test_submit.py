@@ -83,6 +83,7 @@ def test_an_allocation_that_isnt_the_clusters_is_refused(
 ) -> None:
     here = slurm.Place(1, 2, 1, 2, 0, ("here",), "7", tmp_path)
     monkeypatch.setattr(slurm, "place", lambda: here)
+    monkeypatch.setattr(task, "_hold_signals", lambda: None)  # those of the tests' own process
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(RunError, match=line):
         task.Train(str(tmp_path), 60, **given)()
