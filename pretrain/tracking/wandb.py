@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import netrc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 class Wandb:
     """Sends rows, scores and pictures. `already_sent` is the highest step an earlier attempt sent.
 
-    Promise: a resumed run computes the same numbers, so those steps aren't sent again.
+    Promise: a resumed run computes the same numbers, so those steps aren't sent again. What goes wrong in W&B
+    ends no training: from then on this attempt goes without, and RUN/metrics.jsonl has everything.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Wandb:
         settings: Mapping[str, object],
         already_sent: int,
     ) -> None:
-        self.already_sent = already_sent
+        self.already_sent, self.gone = already_sent, False
         self.run: Any = _start(
             _mode(mode), dir=str(root), id=run_id, resume="allow", project=project, name=name,
             tags=list(tags), config=dict(settings),
@@ -44,12 +45,12 @@ class Wandb:
     def log(self, row: Mapping[str, float | int]) -> None:
         step = int(row["step"])
         if step > self.already_sent:
-            self.run.log({_name(name): value for name, value in row.items() if name != "step"}, step=step)
+            self._log({_name(name): value for name, value in row.items() if name != "step"}, step)
 
     def evaluated(self, progress: Progress, scores: Scores) -> None:
         if progress.step > self.already_sent:
             values = {f"{scores.kind}/{name}": value for name, value in scores.values.items()}
-            self.run.log(values, step=progress.step)
+            self._log(values, progress.step)
 
     def pictures(self, step: int, images: Mapping[str, Tensor]) -> None:
         if step > self.already_sent:
@@ -59,11 +60,27 @@ class Wandb:
                 f"pictures/{name}": wandb.Image(image.detach().float().cpu().permute(1, 2, 0).numpy())
                 for name, image in images.items()
             }
-            self.run.log(shown, step=step)
+            self._log(shown, step)
 
     def finish(self, status: str) -> None:
-        self.run.summary["reason"] = status
-        self.run.finish()
+        def end() -> None:
+            self.run.summary["reason"] = status
+            self.run.finish()
+
+        self._try(end)
+
+    def _log(self, values: Mapping[str, object], step: int) -> None:
+        self._try(lambda: self.run.log(dict(values), step=step))
+
+    def _try(self, call: Callable[[], object]) -> None:
+        """W&B's process is a child of the rank's: SLURM's SIGTERM ends it, while the rank wants to save."""
+        if self.gone:
+            return
+        try:
+            call()
+        except Exception as error:
+            self.gone = True
+            log.warning("W&B is gone; going on without it until the next start: %r", error)
 
 
 Mode = Literal["online", "offline", "disabled"]

@@ -56,6 +56,31 @@ def test_a_restart_goes_on_in_the_same_run_and_repeats_nothing(tmp_path: Path) -
     assert rows[1][1]["pictures/rebuilt/_type"] == "image-file"
 
 
+def test_the_death_of_its_process_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Gone:
+        """A run whose service has died: whatever is asked of it raises, as W&B's own does."""
+
+        calls = 0
+
+        def log(self, *values: object, **more: object) -> None:
+            self.calls += 1
+            raise ConnectionResetError("Connection lost")
+
+        @property
+        def summary(self) -> dict[str, object]:
+            raise ConnectionResetError("Connection lost")
+
+    gone = Gone()
+    monkeypatch.setattr("pretrain.tracking.wandb._start", lambda mode, **arguments: gone)
+    attempt(tmp_path, 0, range(1, 6))
+    assert gone.calls == 1
+    assert caplog.messages == [
+        "W&B is gone; going on without it until the next start: ConnectionResetError('Connection lost')"
+    ]
+
+
 def test_an_unreachable_server_does_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
