@@ -139,6 +139,22 @@ class ExportFormat(StrEnum):
 
     timm = "timm"
     open_clip = "open_clip"
+    hf = "hf"
+
+    @property
+    def call(self) -> str:
+        """What opens the folder `{}`."""
+        if self == ExportFormat.open_clip:
+            return 'open_clip.create_model_from_pretrained("local-dir:{}")'
+        return 'timm.create_model("local-dir:{}", pretrained=True)'
+
+
+class ExportWeights(StrEnum):
+    """Which of the encoders that a run keeps."""
+
+    model = "model"
+    ema = "ema"
+    teacher = "teacher"
 
 
 @app.command()
@@ -146,24 +162,33 @@ def export(
     run: Run,
     to: Annotated[Path, typer.Option(help="folder to make, for timm's or open_clip's local-dir:")],
     form: Annotated[
-        ExportFormat, typer.Option("--format", help="the encoder for timm, or both towers for open_clip")
+        ExportFormat,
+        typer.Option("--format", help="the encoder for timm or for a hub, or both towers for open_clip"),
     ] = ExportFormat.timm,
     step: Step = None,
+    weights: Annotated[
+        ExportWeights,
+        typer.Option(help="model: what the gradient trains; teacher, ema: MoCo's key encoder, its average"),
+    ] = ExportWeights.model,
     force: Annotated[bool, typer.Option("--force", help="replace an older export there")] = False,
     licence: Annotated[str, typer.Option(help="of the weights, for the model card")] = "other",
 ) -> None:
     """Write what was trained as a folder; done when a fresh process got the same numbers from it."""
     from pretrain import export, export_open_clip
 
-    module = export if form == ExportFormat.timm else export_open_clip
-    result = module.export(run, to, step=step, force=force, licence=licence)
+    if form == ExportFormat.open_clip:
+        if weights != ExportWeights.model:
+            raise UserError(f"--weights: found {weights.value}; open_clip's pair has one: model")
+        result = export_open_clip.export(run, to, step=step, force=force, licence=licence)
+    else:
+        kind: export.Format = "hf" if form == ExportFormat.hf else "timm"
+        result = export.export(
+            run, to, step=step, weights=weights.value, form=kind, force=force, licence=licence
+        )
     typer.echo(f"{result.architecture}, {result.parameters / 1e6:.2f} M parameters")
-    typer.echo(f"reopened by {form.value} in a fresh process: largest difference {result.max_difference:.1e}")
-    call = {
-        ExportFormat.timm: 'timm.create_model("local-dir:{}", pretrained=True)',
-        ExportFormat.open_clip: 'open_clip.create_model_from_pretrained("local-dir:{}")',
-    }
-    typer.echo(call[form].format(result.folder))
+    opened = "timm from a hub's cache" if form == ExportFormat.hf else form.value
+    typer.echo(f"reopened by {opened} in a fresh process: largest difference {result.max_difference:.1e}")
+    typer.echo(form.call.format(result.folder))
 
 
 @app.command()

@@ -2,7 +2,11 @@
 
     FOLDER/model.safetensors   the encoder's weights under timm's own names, float32
            config.json         architecture, every model argument, preprocessing, licence, lowest timm
-           README.md           what it is and how to load it
+           README.md           what it is and how to load it (`export_card`)
+           loss.png            its loss over training
+
+The same folder is what model hubs hold (format "hf"): it is then opened as "hf-hub:" instead, out of a hub's
+cache, and its card says how to upload it.
 
 The folder appears under its name only after a fresh process, which imports nothing of keel, has opened it and
 computed the same numbers.
@@ -20,17 +24,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from configs.errors import RunError
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders
+from pretrain import encoders, export_card
 from pretrain.encoders import EncoderConfig, torchvision_compat
+from pretrain.export_card import Card, Story
 from pretrain.trained import read
+from pretrain.types import Weights
+
+Format = Literal["timm", "hf"]
+"""What an exported encoder is opened as, by the check and by its card: a folder, or a hub's model."""
 
 TOLERANCE = 1e-5
 """Largest absolute difference of a float32 feature between the trained encoder and the reopened one."""
@@ -46,7 +56,7 @@ class Backbone:
     encoder: nn.Module  # made by `encoders.build`, weights loaded
     config: EncoderConfig
     view: ViewSpec  # the evaluation view: centre crop, and the normalisation it was trained with
-    facts: Mapping[str, Any] = field(default_factory=dict)  # for the model card: step, samples, data, ...
+    story: Story = field(default_factory=lambda: Story({}, {}))  # for the model card
     licence: str = "other"  # of the weights; keel's own licence says nothing about them
 
 
@@ -65,34 +75,48 @@ class ExportMismatchError(RuntimeError):
 
 
 def export(
-    run: Path, to: Path, *, step: int | None = None, force: bool = False, licence: str = "other"
+    run: Path,
+    to: Path,
+    *,
+    step: int | None = None,
+    weights: Weights = "model",
+    form: Format = "timm",
+    force: bool = False,
+    licence: str = "other",
 ) -> ExportResult:
-    """Export the encoder of a run's newest checkpoint, or of the one at `step`; see `write`.
+    """Export an encoder of a run's newest checkpoint, or of the one at `step`; see `write`, `trained.read`.
 
     Straight from the checkpoint, whatever ranks and ZeRO stage wrote it: needs no process group and no GPU.
     """
     _refuse_taken(to, force)
-    trained = read(run, step)
-    backbone = Backbone(trained.encoder, trained.config.encoder, trained.view, trained.facts(), licence)
-    return write(backbone, to, force=force)
+    trained = read(run, step, weights)
+    story = Story(trained.facts(), trained.recipe(), trained.losses())
+    backbone = Backbone(trained.encoder, trained.config.encoder, trained.view, story, licence)
+    return write(backbone, to, form=form, force=force)
 
 
-def write(backbone: Backbone, to: Path, *, force: bool = False) -> ExportResult:
+def write(backbone: Backbone, to: Path, *, form: Format = "timm", force: bool = False) -> ExportResult:
     """Write, verify in a fresh process, and only then give the folder its name.
 
     Raises `RunError` where `to` is taken (with `force` an older export is replaced), `ExportMismatchError`
     where the reopened model differs by `TOLERANCE` or more. On any failure what was there stays untouched.
     """
     with folder_for(to, force=force) as partial:
-        weights = {
-            name: value.detach().float().cpu().clone().contiguous() for name, value in _state(backbone)
-        }
-        save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
+        save_weights(dict(_state(backbone)), partial / "model.safetensors")
         (partial / "config.json").write_text(json.dumps(timm_config(backbone), indent=2) + "\n")
-        difference = verify(backbone, partial)
-        (partial / "README.md").write_text(model_card(backbone, difference))
+        difference = verify(backbone, partial, form)
+        export_card.write(_card(backbone, form, difference), backbone.story, partial)
     count = encoders.parameter_count(backbone.encoder)
     return ExportResult(to, backbone.config.name, count, difference)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """As float32. Raises OSError where the disk won't take them."""
+    own = {name: value.detach().float().cpu().clone().contiguous() for name, value in weights.items()}
+    try:
+        save_file(own, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk arrives so
+        raise OSError(str(error)) from error
 
 
 def _state(backbone: Backbone) -> Iterator[tuple[str, Tensor]]:
@@ -138,7 +162,7 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
         "global_pool": _pooling(backbone),
         "model_args": model_args(backbone),
         "pretrained_cfg": pretrained,
-        "keel": {"lowest_timm": LOWEST_TIMM, **dict(backbone.facts)},
+        "keel": {"lowest_timm": LOWEST_TIMM, **backbone.story.facts},
     }
 
 
@@ -158,7 +182,7 @@ def _pooling(backbone: Backbone) -> str:
     return str(asked or getattr(backbone.encoder, "global_pool", None) or "avg")
 
 
-def verify(backbone: Backbone, folder: Path) -> float:
+def verify(backbone: Backbone, folder: Path, form: Format = "timm") -> float:
     """Open `folder` in a fresh process and compare; the largest absolute difference of any output.
 
     Raises `ExportMismatchError` where it is `TOLERANCE` or more, or where the folder doesn't open.
@@ -173,7 +197,7 @@ def verify(backbone: Backbone, folder: Path) -> float:
             "tokens": encoder.forward_features(images),
         }
     encoder.train(was_training)
-    got = _reopened(folder, images)
+    got = _reopened(folder, images, form)
     difference = 0.0
     for name, value in expected.items():
         if got[name].shape != value.shape:
@@ -186,60 +210,78 @@ def verify(backbone: Backbone, folder: Path) -> float:
     return difference
 
 
-def _reopened(folder: Path, images: Tensor) -> dict[str, Tensor]:
+def _reopened(folder: Path, images: Tensor, form: Format = "timm") -> dict[str, Tensor]:
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"images": images}, inputs)
+        name = f"local-dir:{folder.absolute()}" if form == "timm" else _in_a_cache(folder, Path(scratch))
         script, shim = Path(__file__).with_name("export_reopen.py"), torchvision_compat.__file__
         # -P: neither the working directory nor the script's own folder may offer modules
-        command = [sys.executable, "-P", str(script), str(folder.absolute()), str(inputs), str(outputs), shim]
-        run = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
+        command = [sys.executable, "-P", str(script), name, str(inputs), str(outputs), shim]
+        offline = {"HF_HUB_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        run = subprocess.run(
+            command, cwd=scratch, env=os.environ | offline, capture_output=True, text=True, timeout=600,
+            check=False,
+        )  # fmt: skip
         if run.returncode:
             raise ExportMismatchError(f"a fresh process can't open the export:\n{run.stderr[-4000:]}")
         found: dict[str, Tensor] = load_file(outputs)
         return found
 
 
-def model_card(backbone: Backbone, difference: float) -> str:
-    """README.md: what it is, how to load it, what it was made of."""
-    facts = dict(backbone.facts)
-    judged = facts.pop("evaluations", {})
-    facts |= {f"{kind} {name}": f"{v:.4g}" for kind, values in judged.items() for name, v in values.items()}
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
+def _in_a_cache(folder: Path, cache: Path) -> str:
+    """The name of `folder` as a hub's model that its client has in `cache` already."""
+    model, commit = cache / "models--keel--export", "0" * 40
+    (model / "snapshots").mkdir(parents=True)
+    (model / "snapshots" / commit).symlink_to(folder.absolute(), target_is_directory=True)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(commit)
+    return "hf-hub:keel/export"
+
+
+def _card(backbone: Backbone, form: Format, difference: float) -> Card:
     view, width = backbone.view, encoders.width(backbone.encoder)
-    return f"""---
-library_name: timm
-license: {backbone.licence}
----
-# {backbone.config.name}, pretrained with keel
-
-```python
-import timm
-model = timm.create_model("local-dir:path/to/this/folder", pretrained=True)  # without `pretrained`: random!
-features = model.eval()(images)  # (B, 3, {view.size[0]}, {view.size[1]}) -> (B, {width})
-```
-
-`timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares images as in training
-(mean {view.mean}, std {view.std}, {view.interpolation}). Needs timm {LOWEST_TIMM} or later; add
-`num_classes=N` for a fresh classifier.
-
-| | |
-|---|---|
-{rows}
-| largest difference after reopening | {difference:.1e} |
-"""
+    place = "local-dir:path/to/this/folder" if form == "timm" else "hf-hub:OWNER/NAME"
+    note = (
+        "`timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares images as in "
+        f"training\n(mean {view.mean}, std {view.std}, {view.interpolation}). Needs timm {LOWEST_TIMM} or "
+        "later; add\n`num_classes=N` for a fresh classifier."
+    )
+    if form == "hf":
+        note += (
+            "\n\nUpload this folder with `hf upload OWNER/NAME path/to/this/folder`. transformers opens it,\n"
+            'too: `AutoModel.from_pretrained("OWNER/NAME")`, by its wrapper of timm.'
+        )
+    return Card(
+        title=f"{backbone.config.name}, pretrained with keel",
+        library="timm",
+        tags=("image-feature-extraction", "timm", *(("transformers",) if form == "hf" else ())),
+        licence=backbone.licence,
+        loading=(
+            "import timm\n"
+            f'model = timm.create_model("{place}", pretrained=True)  # without `pretrained`: random!\n'
+            f"features = model.eval()(images)  # (B, 3, {view.size[0]}, {view.size[1]}) -> (B, {width})"
+        ),
+        note=note,
+        difference=difference,
+    )
 
 
 @contextmanager
 def folder_for(to: Path, *, force: bool, ours: str = "config.json") -> Iterator[Path]:
     """A temporary folder that gets the name `to` when the block ends well, and else vanishes.
 
-    Raises `RunError` where `to` is taken; with `force` an older export, known by its file `ours`, may go.
+    Raises `RunError` where `to` is taken or the disk won't have it; with `force` an older export, known by
+    its file `ours`, may go.
     """
     _refuse_taken(to, force, ours)
-    with _beside(to) as partial:
-        yield partial
-        _publish(partial, to)
+    try:
+        with _beside(to) as partial:
+            yield partial
+            _publish(partial, to)
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise RunError(f"{to}: can't be written: {what}; make room or choose another folder") from error
 
 
 def _refuse_taken(to: Path, force: bool, ours: str = "config.json") -> None:
@@ -262,11 +304,8 @@ def _refuse_taken(to: Path, force: bool, ours: str = "config.json") -> None:
 @contextmanager
 def _beside(to: Path) -> Iterator[Path]:
     """A temporary folder next to `to`, gone afterwards unless it was published."""
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
-    except OSError as error:
-        raise RunError(f"{to}: can't be written: {error.strerror}; choose another folder") from error
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     partial.chmod(0o755)
     try:
         yield partial

@@ -3,7 +3,7 @@
     FOLDER/open_clip_model.safetensors   both towers, the scale and, for the sigmoid loss, the bias
            open_clip_config.json         their shapes, and how images are prepared
            tokenizer.json, ...           unless the vocabulary is CLIP's own, which open_clip has
-           README.md                     what it is and how to load it
+           README.md, loss.png           what it is and how to load it (`export_card`)
 
 open_clip makes timm's networks by name only, without arguments, so that a ViT goes over as open_clip's own
 VisionTransformer, which computes the same: a bias of the patch projection moves into the positions.
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from configs.errors import RunError
 from data_pipeline.tokenize import open_tokenizer
-from pretrain import encoders
+from pretrain import encoders, export_card
 from pretrain.encoders import torchvision_compat
 from pretrain.encoders.text import TextTower
-from pretrain.export import TOLERANCE, ExportMismatchError, ExportResult, folder_for
+from pretrain.export import TOLERANCE, ExportMismatchError, ExportResult, folder_for, save_weights
+from pretrain.export_card import Card, Story
 from pretrain.trained import Trained, read, read_objective
 
 CAPTIONS = ("a small red star at the top left", "Two dogs, one cat!", "it's  3.5 °C — naïve café", "a " * 200)
@@ -70,11 +71,11 @@ def export(
         tokenizer = _write_tokenizer(trained, folder)
         model["text_cfg"] = _text_config(pair) | tokenizer
         config = {"model_cfg": model, "preprocess_cfg": _preprocessing(trained), "keel": trained.facts()}
-        own = {name: value.detach().float().clone().contiguous() for name, value in weights.items()}
-        save_file(own, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+        save_weights(weights, folder / "open_clip_model.safetensors")
         (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
         difference = _verify(pair, trained, folder)
-        (folder / "README.md").write_text(_card(trained, difference, licence))
+        story = Story(trained.facts(), trained.recipe(), trained.losses())
+        export_card.write(_card(trained, difference, licence), story, folder)
     count = encoders.parameter_count(objective)
     return ExportResult(to, f"{trained.config.encoder.name} with a text tower", count, difference)
 
@@ -226,23 +227,17 @@ def _ended(tokens: Tensor) -> Tensor:
     return torch.where(torch.arange(tokens.shape[1])[None] <= end, tokens, 0)
 
 
-def _card(trained: Trained, difference: float, licence: str) -> str:
-    facts = {name: value for name, value in trained.facts().items() if name != "evaluations"}
-    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in facts.items())
-    return f"""---
-library_name: open_clip
-license: {licence}
----
-# {trained.config.encoder.name} with a text tower, pretrained with keel
-
-```python
-import open_clip
-model, preprocess = open_clip.create_model_from_pretrained("local-dir:path/to/this/folder")
-tokenizer = open_clip.get_tokenizer("local-dir:path/to/this/folder")
-```
-
-| | |
-|---|---|
-{rows}
-| largest difference after reopening | {difference:.1e} |
-"""
+def _card(trained: Trained, difference: float, licence: str) -> Card:
+    return Card(
+        title=f"{trained.config.encoder.name} with a text tower, pretrained with keel",
+        library="open_clip",
+        tags=("image-feature-extraction", "zero-shot-image-classification", "open_clip"),
+        licence=licence,
+        loading=(
+            "import open_clip\n"
+            'model, preprocess = open_clip.create_model_from_pretrained("local-dir:path/to/this/folder")\n'
+            'tokenizer = open_clip.get_tokenizer("local-dir:path/to/this/folder")'
+        ),
+        note="`preprocess` prepares images as in training.",
+        difference=difference,
+    )

@@ -1,8 +1,8 @@
-"""Run by path in a fresh process: opens an exported folder as any user of timm would.
+"""Run by path in a fresh process: opens an export as any user of timm would.
 
-    python -P export_reopen.py FOLDER INPUTS.safetensors OUTPUTS.safetensors SHIM.py
+    python -P export_reopen.py NAME INPUTS.safetensors OUTPUTS.safetensors SHIM.py
 
-Imports nothing of keel; SHIM.py (encoders/torchvision_compat.py) is executed by its path, because beside a
+NAME is timm's: local-dir:FOLDER or hf-hub:OWNER/NAME. Imports nothing of keel; SHIM.py (encoders/torchvision_compat.py) is executed by its path, because beside a
 CPU build of torch the plain torchvision can't be imported without it.
 """
 
@@ -14,7 +14,7 @@ import sys
 KEEL = ("configs", "data_pipeline", "pretrain", "launch")
 
 
-def main(folder: str, inputs: str, outputs: str, shim: str) -> None:
+def main(name: str, inputs: str, outputs: str, shim: str) -> None:
     """Save {"features": (B, D), "tokens": forward_features} float32 for {"images": (B, 3, H, W)}."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ def main(folder: str, inputs: str, outputs: str, shim: str) -> None:
     runpy.run_path(shim)
     import timm
 
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    model = timm.create_model(name, pretrained=True).eval()
     images = load_file(inputs)["images"]
     with torch.no_grad():
         results = {"features": model(images), "tokens": model.forward_features(images)}

@@ -19,9 +19,10 @@ from pretrain.engines.storage import read_model
 from pretrain.evaluators import schedule
 from pretrain.evaluators.subject import evaluation_view
 from pretrain.folder import RunFolder
-from pretrain.types import BuildContext, Objective
+from pretrain.tracking import jsonl
+from pretrain.types import BuildContext, Objective, Weights
 
-_ENCODER = "encoder."
+_ENCODER = "encoder"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Trained:
     encoder: nn.Module  # float32, on the CPU, in evaluation mode
     step: int
     samples: int
+    weights: Weights = "model"
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -45,11 +47,15 @@ class Trained:
         return evaluation_view(self.config.objective.views(self.image_size)[0], self.config.encoder.crop)
 
     def facts(self) -> dict[str, Any]:
-        """For a model card: what was trained on what, for how long, and how it was judged at that step."""
+        """For a model card: what was trained on what, for how long, and how it was judged at that step.
+
+        A run's evaluations judge the encoder that the gradient trains; of another one nothing is known.
+        """
         state = self.folder.read_state()
-        rows = schedule.read(self.folder.root / "evaluations.jsonl")
+        rows = schedule.read(self.folder.root / "evaluations.jsonl") if self.weights == "model" else []
         return {
             "objective": self.config.objective.name,
+            "weights": self.weights,
             "run": state.get("id"),
             "step": self.step,
             "samples": self.samples,
@@ -58,17 +64,53 @@ class Trained:
             "evaluations": {row["name"]: row["values"] for row in rows if row["step"] == self.step},
         }
 
+    def recipe(self) -> dict[str, Any]:
+        """The settings that decide what the weights are, as in a config file, without paths."""
+        settings = self.config.model_dump(mode="json")
+        chosen = {name: settings[name] for name in ("objective", "encoder", "optimizer")}
+        chosen["data"] = {"image_size": settings["data"]["image_size"]}
+        train = ("duration", "batch_size", "precision")
+        return chosen | {
+            "train": {name: settings["train"][name] for name in train},
+            "run": {"seed": settings["run"]["seed"]},
+        }
 
-def read(run: Path, step: int | None = None) -> Trained:
-    """The encoder of a run's newest valid checkpoint, or of the one at `step`. Raises `RunError`."""
-    folder, directory = _checkpoint(run, step)
-    config = loading.load(folder.config_file, RunConfig)
+    def losses(self) -> list[tuple[int, float]]:
+        """(samples seen, loss) of every row of metrics up to the checkpoint's step, NaN left out."""
+        rows = jsonl.rows(self.folder.root / "metrics.jsonl")
+        return [
+            (row["samples"], row["loss"])
+            for row in rows
+            if row["step"] <= self.step and row.get("loss") is not None
+        ]
+
+
+def read(run: Path, step: int | None = None, weights: Weights = "model") -> Trained:
+    """An encoder of a run's newest valid checkpoint, or of the one at `step`, as it was in training.
+
+    `weights`: "model" is what the gradient trains; "teacher" and "ema" are what the objective says they are
+    (`ObjectiveConfig.slow_encoders`). Raises `RunError`, also where it has none.
+    """
+    folder, config = _run(run)
+    module = _module(run, config, weights)
+    directory = _checkpoint(run, folder, step)
     encoder = encoders.build(config.encoder, image_size(config))
-    weights = read_model(directory)
-    own = {name.removeprefix(_ENCODER): value for name, value in weights.items() if name.startswith(_ENCODER)}
+    saved, prefix = read_model(directory), f"{module}."
+    own = {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}
     _load(encoder, own, directory)
     extra = checkpoint.read_extra(directory)
-    return Trained(folder, config, directory, encoder.eval(), extra["step"], extra["samples"])
+    return Trained(folder, config, directory, encoder.eval(), extra["step"], extra["samples"], weights)
+
+
+def _module(run: Path, config: RunConfig, weights: Weights) -> str:
+    """The submodule of the objective that holds them."""
+    there: dict[Weights, str] = {"model": _ENCODER, **config.objective.slow_encoders}
+    if weights not in there:
+        raise RunError(
+            f"{run}: has no {weights} weights: {config.objective.name} keeps no such copy of its encoder; "
+            f"allowed: --weights {' or '.join(there)}"
+        )
+    return there[weights]
 
 
 def read_objective(trained: Trained) -> Objective:
@@ -98,16 +140,20 @@ def image_size(config: RunConfig) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 
 
-def _checkpoint(run: Path, step: int | None) -> tuple[RunFolder, Path]:
+def _run(run: Path) -> tuple[RunFolder, RunConfig]:
     folder = RunFolder(run.expanduser().absolute())
     if not folder.exists():
         raise RunError(f"{run}: not a run folder (no config.yaml in it); train one with keel train")
-    if step is None:
-        newest = checkpoint.latest(folder.root)
-        if newest is None:
-            raise RunError(f"{run}: has no valid checkpoint yet; train it on with keel train")
-        return folder, newest
-    return folder, checkpoint.at_step(folder.root, step)
+    return folder, loading.load(folder.config_file, RunConfig)
+
+
+def _checkpoint(run: Path, folder: RunFolder, step: int | None) -> Path:
+    if step is not None:
+        return checkpoint.at_step(folder.root, step)
+    newest = checkpoint.latest(folder.root)
+    if newest is None:
+        raise RunError(f"{run}: has no valid checkpoint yet; train it on with keel train")
+    return newest
 
 
 def _load(module: nn.Module, weights: dict[str, torch.Tensor], directory: Path) -> None:

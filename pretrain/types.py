@@ -211,11 +211,16 @@ class WholeBatchObjective(Objective):
         return self.loss(tuple(torch.cat(rows) for rows in zip(*parts, strict=True)), progress)
 
 
+Weights = Literal["model", "ema", "teacher"]
+"""Which of a run's encoders: what the gradient trains, a running average of it, or what teaches it."""
+
+
 class ObjectiveConfig(Config, ABC):
     """Settings of an objective. `name: mae` is `objectives/mae.py`; a dotted name imports a plug-in."""
 
     name: str
     needs: ClassVar[frozenset[str]] = frozenset({"views"})  # batch fields: views, tokens, target, index
+    slow_encoders: ClassVar[Mapping[Weights, str]] = {}  # what an export may take besides: submodule's name
 
     @abstractmethod
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]: ...

@@ -18,7 +18,7 @@ global batch on any number of ranks, so that one process trains as many do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal
 
 import pydantic
@@ -42,6 +42,7 @@ from pretrain.types import (
     ParamGroup,
     Progress,
     Update,
+    Weights,
     trainable,
 )
 
@@ -53,6 +54,7 @@ class MoCoConfig(ObjectiveConfig):
     """Defaults are v2's. v1: `head: linear`, `temperature: 0.07` and weaker views."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"views"})
+    slow_encoders: ClassVar[Mapping[Weights, str]] = {"teacher": "teacher_encoder", "ema": "teacher_encoder"}
 
     name: str = "moco"
     width: int = pydantic.Field(128, gt=0)  # of keys and queries

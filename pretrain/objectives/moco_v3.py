@@ -15,7 +15,7 @@ a ResNet two, and it doesn't. Batch norm in the heads is over the global batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import pydantic
@@ -37,6 +37,7 @@ from pretrain.types import (
     ParamGroup,
     Progress,
     Update,
+    Weights,
     WholeBatchObjective,
     trainable,
 )
@@ -48,6 +49,7 @@ class MoCoV3Config(ObjectiveConfig):
     """Defaults are the authors' for ViTs. For a ResNet-50: temperature 1 and crops from 0.2 of the image."""
 
     needs: ClassVar[frozenset[str]] = frozenset({"views"})
+    slow_encoders: ClassVar[Mapping[Weights, str]] = {"teacher": "teacher_encoder", "ema": "teacher_encoder"}
 
     name: str = "moco_v3"
     width: int = pydantic.Field(256, gt=0)  # of keys and queries

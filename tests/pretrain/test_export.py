@@ -16,7 +16,7 @@ from torch import Tensor
 from configs.errors import RunError
 from data_pipeline.transform import center_view
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders, export
+from pretrain import encoders, export, export_card
 from pretrain.encoders import EncoderConfig
 
 timm = pytest.importorskip("timm")
@@ -38,14 +38,14 @@ def backbone(
             if key.endswith("running_mean"):
                 buffer.normal_()
     view = ViewSpec(size=size, crop=CenterCrop(0.9), flip=0.0)
-    return export.Backbone(encoder, chosen, view, {"step": 12}, "apache-2.0")
+    return export.Backbone(encoder, chosen, view, export_card.Story({"step": 12}, {}), "apache-2.0")
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reopens through timm in this process: much quicker, for the cases about what is written."""
 
-    def reopened(folder: Path, images: Tensor) -> dict[str, Tensor]:
+    def reopened(folder: Path, images: Tensor, form: export.Format = "timm") -> dict[str, Tensor]:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         with torch.no_grad():
             return {"features": model(images), "tokens": model.forward_features(images)}

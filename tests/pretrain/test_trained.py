@@ -178,7 +178,7 @@ def test_evaluations_leave_the_loss_curve_bit_identical(digits: Path, tmp_path: 
     assert len(curves[0]) == 6
     assert curves[0] == curves[1]
     card = export(tmp_path / "judged", tmp_path / "backbone").folder / "README.md"
-    assert "| knn top1 |" in card.read_text()
+    assert "| knn | top1 |" in card.read_text()
     record = read_record(tmp_path / "judged" / "evaluations.jsonl")
     assert [(row["step"], row["name"]) for row in record] == [
         (2, "knn"), (3, "heldout"), (4, "knn"), (6, "knn"), (6, "heldout"),
