@@ -22,7 +22,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -172,30 +172,45 @@ def prune(
     Gives the names removed, or with `dry_run` those that would be. `checksums`: read every byte of what is
     taken for whole. A crash in between leaves nothing half removed under a published name.
     """
+    removed = _superfluous(run_dir, keep, keep_every_steps, checksums)
+    if not dry_run:
+        _remove([_withdrawn(path) for path in removed])
+    return [path.name for path in removed]
+
+
+def _superfluous(run_dir: Path, keep: int, every: int | None, checksums: bool = False) -> list[Path]:
     found = published(run_dir)
     kept = {entry["checkpoint"] for entry in pins(run_dir).values()}
     whole = (each.path.name for each in found if storage.damage(each.path, checksums) is None)
     kept |= set(itertools.islice(whole, keep))
-    if keep_every_steps is not None:
+    if every is not None:
         period = 0
         for each in sorted(found, key=lambda p: p.step):
-            if each.step // keep_every_steps > period:
-                period = each.step // keep_every_steps
+            if each.step // every > period:
+                period = each.step // every
                 kept.add(each.path.name)
-    removed = [each.path for each in found if each.path.name not in kept]
-    for path in () if dry_run else removed:
-        doomed = path.with_name(_UNFINISHED + path.name)
-        with contextlib.suppress(FileNotFoundError):  # somebody else is pruning
-            path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-    return [path.name for path in removed]
+    return [each.path for each in found if each.path.name not in kept]
+
+
+def _withdrawn(path: Path) -> Path:
+    """Take away its published name: what a crash then leaves of it is swept by the next attempt."""
+    doomed = path.with_name(_UNFINISHED + path.name)
+    with contextlib.suppress(FileNotFoundError):  # somebody else is pruning
+        path.rename(doomed)
+    return doomed
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Checkpointer:
     """The listener that saves: when due, and at the end. Constructed and called on every rank alike.
 
     Training waits only for the copy to host memory. A thread writes and publishes, one checkpoint at a time;
-    what fails there is raised on every rank at the same later step. `tell` hears how long training stood
+    what fails there is raised on every rank at the same later step. Another thread removes those that are no
+    longer kept: a save doesn't wait for it, the run's end does. `tell` hears how long training stood
     still ("checkpoint_stall") and how long the write before took ("checkpoint_write"), in seconds.
     """
 
@@ -221,6 +236,7 @@ class Checkpointer:
         period = config.keep_every
         self.keep_every = None if period is None else period.steps(batch_size, start.dataset_size)
         self.writing: _Writing | None = None
+        self.removing: threading.Thread | None = None
         self.wrote: float | None = None  # seconds the last write took
         self.longest = self.stalled = 0.0  # seconds: a whole save, and the standstill of the last one
         from_main(self._prepare)
@@ -240,10 +256,10 @@ class Checkpointer:
             self.save(report.progress)
 
     def finish(self, progress: Progress, reason: StopReason) -> None:
-        """Save, and wait until it is on disk."""
+        """Save, and wait until it is on disk, and what it replaces is gone."""
         self.save(progress)
         self.wait()
-        self.agreement.settle()
+        self.settle()
 
     def save(self, progress: Progress, then: Callable[[str], None] | None = None) -> None:
         """Copy the state and begin to write it; collective. Does nothing at a step that is saved already.
@@ -262,7 +278,7 @@ class Checkpointer:
         name = f"step-{progress.step:08d}-a{self.attempt:02d}"
         unfinished = self.folder / f"{_UNFINISHED}{name}"
         publish = partial(self._publish, unfinished, self.folder / name, then)
-        self.writing = _Writing(staged, unfinished, publish)
+        self.writing = _Writing(partial(self._write, staged, unfinished, publish), unfinished)
         self.saved = progress.step
         self.stalled = time.perf_counter() - started
         if self.tell is not None:
@@ -284,16 +300,24 @@ class Checkpointer:
         log.info("%s written in %.1f s", writing.directory.name.removeprefix(_UNFINISHED), self.wrote)
 
     def settle(self) -> None:
-        """Leave nothing under way where an attempt is given up but its ranks go on; collective."""
+        """Leave nothing under way, also where an attempt is given up but its ranks go on; collective."""
         try:
             self.wait()
         except RunError as error:
             log.warning("%s", error)
         self.agreement.settle()
+        if self.removing is not None:
+            self.removing.join()
 
     def _tell_name(self, step: int, then: Callable[[str], None]) -> None:
         for name in [each.path.name for each in published(self.run_dir) if each.step == step][:1]:
             then(name)
+
+    def _write(self, staged: StagedState, to: Path, publish: Callable[[], None]) -> None:
+        """In the writing thread; room on the disk is made first."""
+        if self.removing is not None:
+            self.removing.join()
+        staged.write(to, publish)
 
     def _publish(self, unfinished: Path, path: Path, then: Callable[[str], None] | None = None) -> None:
         """On rank 0, in the writing thread."""
@@ -304,7 +328,9 @@ class Checkpointer:
         storage.flush_folder(self.folder)
         if then is not None:
             then(path.name)
-        prune(self.run_dir, self.config.keep, self.keep_every)
+        doomed = [_withdrawn(each) for each in _superfluous(self.run_dir, self.config.keep, self.keep_every)]
+        self.removing = threading.Thread(target=_remove, args=(doomed,), daemon=True)
+        self.removing.start()
 
 
 _DUE, _FAILED = 1, 2
@@ -313,16 +339,16 @@ _DUE, _FAILED = 1, 2
 class _Writing:
     """One checkpoint on its way to disk, in a thread that dies with the process."""
 
-    def __init__(self, staged: StagedState, directory: Path, then: Callable[[], None]) -> None:
+    def __init__(self, write: Callable[[], None], directory: Path) -> None:
         self.directory, self.seconds = directory, 0.0
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._write, args=(staged, then), daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(write,), daemon=True)
         self._thread.start()
 
-    def _write(self, staged: StagedState, then: Callable[[], None]) -> None:
+    def _run(self, write: Callable[[], None]) -> None:
         started = time.perf_counter()
         try:
-            staged.write(self.directory, then)
+            write()
         except Exception as error:
             self._error = error
         self.seconds = time.perf_counter() - started

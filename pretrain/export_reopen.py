@@ -2,8 +2,9 @@
 
     python -P export_reopen.py NAME INPUTS.safetensors OUTPUTS.safetensors SHIM.py
 
-NAME is timm's: local-dir:FOLDER or hf-hub:OWNER/NAME. Imports nothing of keel; SHIM.py (encoders/torchvision_compat.py) is executed by its path, because beside a
-CPU build of torch the plain torchvision can't be imported without it.
+NAME is timm's: local-dir:FOLDER or hf-hub:OWNER/NAME. Imports nothing of keel; SHIM.py, which is
+encoders/torchvision_compat.py, is executed by its path, because beside a CPU build of torch the plain
+torchvision can't be imported without it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_keeps_the_newest(tmp_path: Path) -> None:
     saver = checkpointer(tmp_path, "1 steps", keep=2)
     for step in range(1, 6):
         saver.after_step(report(step))
-    saver.wait()
+    saver.finish(report(5).progress, "done")
     assert steps(tmp_path) == ["step-00000005-a01", "step-00000004-a01"]
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
@@ -215,7 +216,7 @@ def killed_at(point: str, run: Path, victim: int) -> list[float]:
             case "in pruning":
                 checkpoint.shutil.rmtree = die  # type: ignore[attr-defined]
     saver.after_step(report(4))
-    saver.wait()
+    saver.settle()
     return losses
 
 
@@ -328,6 +329,30 @@ def test_training_goes_on_while_one_checkpoint_is_written(
     saver.finish(report(2).progress, "done")
     assert steps(tmp_path) == ["step-00000002-a01", "step-00000001-a01"]
     assert told == [(1, {"checkpoint_stall"}), (2, {"checkpoint_stall", "checkpoint_write"})]
+
+
+def test_a_save_does_not_wait_until_older_ones_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Removing some gigabytes takes as long as a copy of them; the run's end waits for it."""
+    goes_on, remove = threading.Event(), shutil.rmtree
+
+    def slow(folder: Path, **how: Any) -> None:
+        assert goes_on.wait(20)
+        remove(folder, **how)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", slow)
+    saver = checkpointer(tmp_path, "1 steps", keep=1)
+    saver.save(report(1).progress)
+    saver.save(report(2).progress)
+    saver.wait()
+    assert steps(tmp_path) == ["step-00000002-a01"], "published names tell what is whole"
+    saver.save(report(3).progress)  # would wait for ever, were it to wait
+    assert not goes_on.is_set()
+    assert (tmp_path / "checkpoints" / ".unfinished-step-00000001-a01").exists()
+    goes_on.set()
+    saver.finish(report(3).progress, "done")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003-a01"]
 
 
 def test_a_stale_incarnation_publishes_nothing(tmp_path: Path) -> None:
