@@ -14,6 +14,7 @@ computed the same numbers.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -304,7 +305,10 @@ def _refuse_taken(to: Path, force: bool, ours: str = "config.json") -> None:
 @contextmanager
 def _beside(to: Path) -> Iterator[Path]:
     """A temporary folder next to `to`, gone afterwards unless it was published."""
-    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, f"{to.parent} is a file") from error
     partial = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     partial.chmod(0o755)
     try:

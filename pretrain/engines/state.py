@@ -47,7 +47,7 @@ class Staged:
         rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
         own: storage.WrittenFile | str
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(exist_ok=True)  # no parents: a lost mount's must not be made anew beneath it
             own = storage.write_fragments(directory, rank, self.fragments)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             if not isinstance(error, OSError):

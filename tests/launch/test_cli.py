@@ -18,6 +18,7 @@ import pytest
 
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
+from pretrain import export
 
 Said = tuple[int, str, str]
 
@@ -151,6 +152,26 @@ def test_a_missing_config_names_the_nearest(keel: Callable[..., Said]) -> None:
     a_line_each(
         keel("train", "smoke/mea"), "smoke/mea: no such config file; did you mean configs/smoke/mae.yaml?"
     )
+
+
+def test_an_export_is_what_was_asked_for(
+    keel: Callable[..., Said], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def made(run: Path, to: Path, **how: Any) -> export.ExportResult:
+        asked.append(how)
+        return export.ExportResult(to, "resnet50", 23_508_032, 2e-7)
+
+    monkeypatch.setattr(export, "export", made)
+    options = ("--weights", "teacher", "--format", "hf", "--step", 7, "--licence", "mit")
+    code, out, _ = keel("export", tmp_path, "--to", tmp_path / "out", *options)
+    assert code == 0 and "from a hub's cache in a fresh process: largest difference 2.0e-07" in out
+    assert asked == [{"step": 7, "weights": "teacher", "form": "hf", "force": False, "licence": "mit"}]
+    pair = keel("export", tmp_path, "--to", tmp_path / "out", "--weights", "ema", "--format", "open_clip")
+    a_line_each(pair, "--weights: found ema; open_clip's pair has one: model")
+    code, _, err = keel("export", tmp_path, "--to", tmp_path / "out", "--weights", "students")
+    assert code == 2 and "'model', 'ema', 'teacher'" in err
 
 
 def test_a_folder_that_is_no_run_is_one_line(keel: Callable[..., Said], tmp_path: Path) -> None:

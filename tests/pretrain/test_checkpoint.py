@@ -19,6 +19,7 @@ from configs.errors import ConfigError, RunError
 from configs.loading import validate
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointConfig, Checkpointer, latest, published, read_extra
+from pretrain.collectives import from_main
 from pretrain.engines import processes, storage
 from pretrain.types import Duration, LossOutput, Progress, StepReport
 from tests.conftest import Ranks
@@ -290,6 +291,32 @@ def test_a_full_disk_is_told_on_every_rank_and_leaves_nothing(ranks: Ranks, tmp_
     assert other == (step, said)
     assert "can't be written: rank 1: [Errno 28] No space left on device" in said
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001-a01"]
+
+
+def save_where_the_mount_is_lost(run: Path) -> str:
+    engine, _, _ = engine_of(1)
+    saver = Checkpointer(
+        CheckpointConfig(), run, engine, attempt=1, start=START, batch_size=8, extra=lambda p: {}
+    )
+    saver.save(report(1).progress)
+    saver.wait()
+    from_main(lambda: run.rename(run.with_name("elsewhere")))
+    saver.save(report(2).progress)
+    try:
+        saver.wait()
+    except RunError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_lost_mount_is_told_on_every_rank_and_not_written_beneath(ranks: Ranks, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    said, other = ranks(2, save_where_the_mount_is_lost, run=run)
+    assert other == said and "can't be written: rank 0: [Errno 2] No such file" in said
+    assert not run.exists()
+    run.with_name("elsewhere").rename(run)  # it is back
+    assert latest(run) == run / "checkpoints" / "step-00000001-a01"
 
 
 def test_config_says_what_it_takes() -> None:

@@ -25,6 +25,7 @@ from pretrain.export import export
 from pretrain.folder import RunFolder
 from pretrain.health import StopRequest
 from pretrain.run import prepare, train
+from pretrain.tracking import jsonl
 
 Ranks = Callable[..., list[Any]]
 
@@ -85,6 +86,13 @@ def test_the_encoder_is_the_trained_one(run: tuple[Path, dict[str, Tensor]]) -> 
     for name, value in model.encoder.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=0)
     assert model.facts()["data_hash"]
+
+
+def test_how_long_saving_took_is_a_metric(run: tuple[Path, dict[str, Tensor]]) -> None:
+    rows = {row["step"]: row for row in jsonl.rows(run[0] / "metrics.jsonl")}
+    told = [step for step, row in rows.items() if row.get("checkpoint_stall", -1) >= 0]
+    assert told and set(told) <= {3, 4, 6}
+    assert all(row["checkpoint_write"] > 0 for row in rows.values() if "checkpoint_write" in row)
 
 
 def test_an_earlier_step_is_another_encoder(run: tuple[Path, dict[str, Tensor]]) -> None:
