@@ -103,10 +103,12 @@ def write(backbone: Backbone, to: Path, *, form: Format = "timm", force: bool = 
     where the reopened model differs by `TOLERANCE` or more. On any failure what was there stays untouched.
     """
     with folder_for(to, force=force) as partial:
-        save_weights(dict(_state(backbone)), partial / "model.safetensors")
-        (partial / "config.json").write_text(json.dumps(timm_config(backbone), indent=2) + "\n")
+        with writing_to(to):
+            save_weights(dict(_state(backbone)), partial / "model.safetensors")
+            (partial / "config.json").write_text(json.dumps(timm_config(backbone), indent=2) + "\n")
         difference = verify(backbone, partial, form)
-        export_card.write(_card(backbone, form, difference), backbone.story, partial)
+        with writing_to(to):
+            export_card.write(_card(backbone, form, difference), backbone.story, partial)
     count = encoders.parameter_count(backbone.encoder)
     return ExportResult(to, backbone.config.name, count, difference)
 
@@ -272,14 +274,25 @@ def _card(backbone: Backbone, form: Format, difference: float) -> Card:
 def folder_for(to: Path, *, force: bool, ours: str = "config.json") -> Iterator[Path]:
     """A temporary folder that gets the name `to` when the block ends well, and else vanishes.
 
-    Raises `RunError` where `to` is taken or the disk won't have it; with `force` an older export, known by
-    its file `ours`, may go.
+    Raises `RunError` where `to` is taken or can't be made; with `force` an older export, known by its file
+    `ours`, may go.
     """
     _refuse_taken(to, force, ours)
+    with writing_to(to):
+        partial = _beside(to)
     try:
-        with _beside(to) as partial:
-            yield partial
+        yield partial
+        with writing_to(to):
             _publish(partial, to)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def writing_to(to: Path) -> Iterator[None]:
+    """An OSError within is the user's: a `RunError` that names `to`."""
+    try:
+        yield
     except OSError as error:
         what = error.strerror or str(error)
         raise RunError(f"{to}: can't be written: {what}; make room or choose another folder") from error
@@ -302,19 +315,15 @@ def _refuse_taken(to: Path, force: bool, ours: str = "config.json") -> None:
         )
 
 
-@contextmanager
-def _beside(to: Path) -> Iterator[Path]:
-    """A temporary folder next to `to`, gone afterwards unless it was published."""
+def _beside(to: Path) -> Path:
+    """A new temporary folder next to `to`."""
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
         raise NotADirectoryError(errno.ENOTDIR, f"{to.parent} is a file") from error
     partial = Path(tempfile.mkdtemp(prefix=f".{to.name}.", dir=to.parent))
     partial.chmod(0o755)
-    try:
-        yield partial
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    return partial
 
 
 def _publish(partial: Path, to: Path) -> None:

@@ -29,7 +29,14 @@ from data_pipeline.tokenize import open_tokenizer
 from pretrain import encoders, export_card
 from pretrain.encoders import torchvision_compat
 from pretrain.encoders.text import TextTower
-from pretrain.export import TOLERANCE, ExportMismatchError, ExportResult, folder_for, save_weights
+from pretrain.export import (
+    TOLERANCE,
+    ExportMismatchError,
+    ExportResult,
+    folder_for,
+    save_weights,
+    writing_to,
+)
 from pretrain.export_card import Card, Story
 from pretrain.trained import Trained, read, read_objective
 
@@ -62,22 +69,29 @@ def export(
         )
     pair = cast(Pair, objective)
     with folder_for(to, force=force, ours="open_clip_config.json") as folder:
-        weights, model = _image_tower(pair, trained)
-        weights |= _text_tower(pair)
-        weights["logit_scale"] = pair.logit_scale.detach().reshape(())
-        if (bias := getattr(objective, "logit_bias", None)) is not None:
-            weights["logit_bias"] = bias.detach().reshape(())
-            model["init_logit_bias"] = bias.item()
-        tokenizer = _write_tokenizer(trained, folder)
-        model["text_cfg"] = _text_config(pair) | tokenizer
-        config = {"model_cfg": model, "preprocess_cfg": _preprocessing(trained), "keel": trained.facts()}
-        save_weights(weights, folder / "open_clip_model.safetensors")
-        (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with writing_to(to):
+            _write(pair, trained, folder)
         difference = _verify(pair, trained, folder)
-        story = Story(trained.facts(), trained.recipe(), trained.losses())
-        export_card.write(_card(trained, difference, licence), story, folder)
+        with writing_to(to):
+            story = Story(trained.facts(), trained.recipe(), trained.losses())
+            export_card.write(_card(trained, difference, licence), story, folder)
     count = encoders.parameter_count(objective)
     return ExportResult(to, f"{trained.config.encoder.name} with a text tower", count, difference)
+
+
+def _write(pair: Pair, trained: Trained, folder: Path) -> None:
+    """Everything but the card."""
+    weights, model = _image_tower(pair, trained)
+    weights |= _text_tower(pair)
+    weights["logit_scale"] = pair.logit_scale.detach().reshape(())
+    if (bias := getattr(pair, "logit_bias", None)) is not None:
+        weights["logit_bias"] = bias.detach().reshape(())
+        model["init_logit_bias"] = bias.item()
+    tokenizer = _write_tokenizer(trained, folder)
+    model["text_cfg"] = _text_config(pair) | tokenizer
+    config = {"model_cfg": model, "preprocess_cfg": _preprocessing(trained), "keel": trained.facts()}
+    save_weights(weights, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _image_tower(pair: Pair, trained: Trained) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -181,6 +195,8 @@ def _write_tokenizer(trained: Trained, folder: Path) -> dict[str, Any]:
     assert config is not None
     if config.path == "openai":
         return {}
+    if not config.path.is_file():
+        raise RunError(f"data.tokenizer.path: {config.path} is gone; put the run's tokenizer back")
     (folder / "tokenizer.json").write_bytes(config.path.read_bytes())
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context,

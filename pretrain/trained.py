@@ -65,9 +65,11 @@ class Trained:
         }
 
     def recipe(self) -> dict[str, Any]:
-        """The settings that decide what the weights are, as in a config file, without paths."""
+        """The settings that decide what the weights are, as in a config file, without local paths."""
         settings = self.config.model_dump(mode="json")
         chosen = {name: settings[name] for name in ("objective", "encoder", "optimizer")}
+        if (start := self.config.encoder.weights) is not None and Path(start).is_absolute():
+            chosen["encoder"]["weights"] = Path(start).name
         chosen["data"] = {"image_size": settings["data"]["image_size"]}
         train = ("duration", "batch_size", "precision")
         return chosen | {

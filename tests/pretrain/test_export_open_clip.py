@@ -55,6 +55,8 @@ def test_embeddings_are_the_same(tmp_path: Path, ranks: Ranks, overrides: tuple[
     assert config["preprocess_cfg"]["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
     with pytest.raises(RunError, match="exists already"):
         export_open_clip.export(root, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: open_clip" in card and "name: clip" in card.split("```yaml")[1]
     export_open_clip.export(root, tmp_path / "out", force=True)
 
 

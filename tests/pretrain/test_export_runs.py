@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +311,9 @@ def test_the_card_tells_what_the_weights_are(exports: Exports, tmp_path: Path) -
     with Image.open(tmp_path / "out" / "loss.png") as curve:
         assert curve.size == (720, 300)
     assert [samples for samples, _ in model.losses()] == [32, 64]
+    started = model.config.encoder.model_copy(update={"weights": "/data/weights/mae.pth"})
+    again = replace(model, config=model.config.model_copy(update={"encoder": started}))
+    assert again.recipe()["encoder"]["weights"] == "mae.pth"
     recipe = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     assert recipe["objective"] == model.config.objective.model_dump(mode="json")
     assert EncoderConfig(**recipe["encoder"]) == model.config.encoder
