@@ -254,6 +254,6 @@ def _card(trained: Trained, difference: float, licence: str) -> Card:
             'model, preprocess = open_clip.create_model_from_pretrained("local-dir:path/to/this/folder")\n'
             'tokenizer = open_clip.get_tokenizer("local-dir:path/to/this/folder")'
         ),
-        note="`preprocess` prepares images as in training.",
+        note="`preprocess` prepares images as the run's evaluations did.",
         difference=difference,
     )

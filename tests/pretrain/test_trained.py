@@ -14,7 +14,8 @@ from torch import Tensor
 from configs.errors import RunError
 from configs.loading import load
 from data_pipeline import demo
-from pretrain import trained
+from data_pipeline.order import ORDER_VERSION
+from pretrain import checkpoint, trained
 from pretrain.config import RunConfig
 from pretrain.evaluate import evaluate, subject
 from pretrain.evaluators.few_shot import FewShotConfig
@@ -86,6 +87,15 @@ def test_the_encoder_is_the_trained_one(run: tuple[Path, dict[str, Tensor]]) -> 
     for name, value in model.encoder.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=0)
     assert model.facts()["data_hash"]
+
+
+def test_a_checkpoint_says_of_which_run_and_where_in_it(run: tuple[Path, dict[str, Tensor]]) -> None:
+    """What decides the future besides tensors: position in the data, its order and hash, config, health."""
+    told = checkpoint.read_extra(checkpoint.published(run[0])[0].path)
+    state = RunFolder(run[0]).read_state()
+    assert {"step": 6, "samples": 6 * 32, "manifest_hash": state["manifest_hash"]}.items() <= told.items()
+    assert told["order_version"] == ORDER_VERSION and "health" in told
+    assert RunConfig.model_validate(told["config"]) == load(run[0] / "config.yaml", RunConfig)
 
 
 def test_how_long_saving_took_is_a_metric(run: tuple[Path, dict[str, Tensor]]) -> None:
