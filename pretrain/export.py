@@ -246,9 +246,9 @@ def _card(backbone: Backbone, form: Format, difference: float) -> Card:
     view, width = backbone.view, encoders.width(backbone.encoder)
     place = "local-dir:path/to/this/folder" if form == "timm" else "hf-hub:OWNER/NAME"
     note = (
-        "`timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares images as the "
-        f"run's\nevaluations did (mean {view.mean}, std {view.std}, {view.interpolation}). Needs timm {LOWEST_TIMM} or "
-        "later; add\n`num_classes=N` for a fresh classifier."
+        "`timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares images as the\n"
+        f"run's evaluations did (mean {view.mean}, std {view.std}, {view.interpolation}).\n"
+        f"Needs timm {LOWEST_TIMM} or later; add `num_classes=N` for a fresh classifier."
     )
     if form == "hf":
         note += (
