@@ -16,7 +16,16 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError
-from launch import cli_checkpoint, cli_data, cli_doctor, cli_replay, cli_runs, cli_submit, cli_sweep
+from launch import (
+    cli_checkpoint,
+    cli_data,
+    cli_doctor,
+    cli_replay,
+    cli_report,
+    cli_runs,
+    cli_submit,
+    cli_sweep,
+)
 from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 
 DEMO = Path("runs/demo")
@@ -40,6 +49,7 @@ app.command()(cli_replay.replay)
 cli_runs.add_to(app)
 app.command()(cli_sweep.sweep)
 app.command()(cli_doctor.doctor)
+app.command()(cli_report.report)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")]

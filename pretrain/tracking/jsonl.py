@@ -6,7 +6,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,17 @@ def undo_after(path: Path, step: int) -> int:
 
 def rows(path: Path) -> list[dict[str, Any]]:
     """Every whole row of a metrics file, empty where there is none."""
+    return list(each_row(path))
+
+
+def each_row(path: Path) -> Iterator[dict[str, Any]]:
+    """Every whole row, one after another: a file may be larger than memory. A torn last line is no row."""
     if not path.exists():
-        return []
-    return [_parse(path, line) for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n") and line.strip():
+                yield _parse(path, line.rstrip(b"\n"))
 
 
 def _split(path: Path, step: int) -> tuple[int, list[bytes], int]:
