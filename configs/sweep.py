@@ -141,7 +141,9 @@ class Member:
 
     def dotlist(self, sweep: SweepConfig) -> list[str]:
         """Everything that is set on top of `config`, as `a.b=c`."""
-        whole = {**sweep.overrides, **self.overrides, "run.dir": str(sweep.dir / self.name)}
+        # In W&B a sweep is a group, unless it is told another.
+        group = {"track.group": sweep.dir.name} if sweep.dir.name else {}
+        whole = {**group, **sweep.overrides, **self.overrides, "run.dir": str(sweep.dir / self.name)}
         return [f"{key}={json.dumps(value)}" for key, value in whole.items()]
 
 

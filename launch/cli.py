@@ -25,6 +25,7 @@ from launch import (
     cli_runs,
     cli_submit,
     cli_sweep,
+    cli_sync,
 )
 from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 
@@ -50,6 +51,7 @@ cli_runs.add_to(app)
 app.command()(cli_sweep.sweep)
 app.command()(cli_doctor.doctor)
 app.command()(cli_report.report)
+app.command()(cli_sync.sync)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")]

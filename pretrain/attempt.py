@@ -29,6 +29,7 @@ from pretrain.config import RunConfig
 from pretrain.engines import deepspeed, processes
 from pretrain.engines.processes import Processes
 from pretrain.evaluators.schedule import Evaluate, trained_subject
+from pretrain.evaluators.schedule import read as read_evaluations
 from pretrain.evaluators.subject import evaluation_view
 from pretrain.folder import Heartbeat, RunFolder, now
 from pretrain.health import Health, Stopping, StopRequest, TimeLimit, TroubleError, add_range
@@ -42,6 +43,10 @@ log = logging.getLogger(__name__)
 
 JOB_ENDS = "KEEL_JOB_ENDS"
 """Environment variable: when the time of the job is over, in seconds since 1970."""
+
+
+PROVENANCE = ("commit", "versions", "python", "host", "manifest_hash")
+"""What of run.json tells which code made the run from what; trackers show it."""
 
 
 @dataclass(frozen=True)
@@ -316,13 +321,16 @@ def _track(
     config = plan.config
     trackers = []
     if here.main:
+        state = folder.read_state()
         trackers = tracking.build(
             config.track,
             folder.root,
-            run_id=folder.read_state()["id"],
+            run_id=state["id"],
             start=start,
             settings=config.model_dump(mode="json"),
             console=console,
+            provenance={name: state.get(name) for name in PROVENANCE},
+            evaluations=partial(read_evaluations, folder.root / "evaluations.jsonl"),
         )
     every = config.track.every.steps(config.train.batch_size, plan.samples)
     return tracking.Track(trackers, every_steps=every, attempt=attempt, start=start)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
 import pydantic
 import torch
@@ -46,6 +46,8 @@ class TrackConfig(Config):
     project: str = "keel"
     name: str | None = None  # as shown in W&B; None: the run folder's name
     tags: tuple[str, ...] = ()
+    group: str | None = None  # runs that W&B shows together; a sweep's members get the sweep's name
+    job_type: str = "pretrain"  # W&B's word for the kinds of runs within a group
 
     @pydantic.field_validator("wandb", mode="before")
     @classmethod
@@ -68,11 +70,14 @@ def build(
     start: Progress,
     settings: Mapping[str, object],
     console: TextIO | None,
+    provenance: Mapping[str, object] | None = None,
+    evaluations: Callable[[], Sequence[Mapping[str, Any]]] = list,
 ) -> list[Tracker]:
     """The trackers of a run that goes on from `start`; for rank 0 only.
 
     Rows that the resume has undone are moved out of RUN/metrics.jsonl first. `settings` is the whole config
-    as plain values, shown in W&B; `console` is where progress is drawn, None draws nothing.
+    as plain values, shown in W&B with `provenance` (commit, versions); `console` is where progress is drawn,
+    None draws nothing; `evaluations` gives the run's whole record, earlier attempts' included.
     """
     highest = undo_after(root / "metrics.jsonl", start.step)
     trackers: list[Tracker] = [Jsonl(root / "metrics.jsonl", root / "pictures")]
@@ -82,7 +87,9 @@ def build(
         trackers.append(
             Wandb(
                 root, mode=config.wandb, project=config.project, name=config.name or root.name,
-                tags=config.tags, run_id=run_id, settings=settings, already_sent=highest,
+                tags=config.tags, group=config.group, job_type=config.job_type, run_id=run_id,
+                settings={**settings, "provenance": dict(provenance or {})}, already_sent=highest,
+                evaluations=evaluations,
             )
         )  # fmt: skip
     if console is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from pretrain.tracking.wandb import Wandb, _mode, has_key
+from configs.errors import RunError
+from pretrain.tracking.wandb import Wandb, _mode, has_key, offline_folders, upload
 from pretrain.types import Progress, Scores
-from tests.wandb_files import rows_of
+from tests.pretrain.tracking.server import server
+from tests.wandb_files import records, rows_of
 
 
 @pytest.fixture(autouse=True)
@@ -21,17 +25,53 @@ def _no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
 
 
-def attempt(root: Path, already_sent: int, steps: range) -> None:
+Row = dict[str, float | int]
+RECORD = [
+    {"step": 3, "samples": 24, "name": "knn", "values": {"top1": 50.0}},
+    {"step": 7, "samples": 56, "name": "knn", "values": {"top1": 61.0, "top5": 80}},
+]
+"""What RUN/evaluations.jsonl holds: the first row was written by an earlier attempt."""
+
+
+def attempt(
+    root: Path,
+    already_sent: int,
+    steps: range,
+    *,
+    end: str = "preempted",
+    change: Callable[[Row], Row] = lambda row: row,
+    record: Sequence[Mapping[str, Any]] = (),
+) -> None:
     tracker = Wandb(
-        root, mode="auto", project="keel", name="mine", tags=["a"], run_id="abcd1234",
-        settings={"train": {"batch_size": 8}}, already_sent=already_sent,
+        root, mode="auto", project="keel", name="mine", tags=["a"], group="a-sweep", job_type="pretrain",
+        run_id="abcd1234", settings={"train": {"batch_size": 8}, "provenance": {"commit": "0123abc"}},
+        already_sent=already_sent, evaluations=lambda: record,
     )  # fmt: skip
     for step in steps:
-        tracker.log({"step": step, "loss": 1 / step, "objective/accuracy": step})
+        row = {
+            "step": step,
+            "loss": 1 / step,
+            "grad_norm": 1.0,
+            "objective/accuracy": step,
+            "skipped_batches": 2,
+        }
+        tracker.log(change(row))
     last = Progress(step=steps[-1], samples=0, total_steps=9, dataset_size=1)
     tracker.evaluated(last, Scores("knn", {"top1": 61.0}))
     tracker.pictures(steps[-1], {"rebuilt": torch.rand(3, 8, 8)})
-    tracker.finish("preempted")
+    tracker.finish(end)
+
+
+def finished(root: Path) -> list[Any]:
+    """Everything in the newest offline file, once it is whole: W&B's own process writes it."""
+    newest = max(root.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    deadline = time.monotonic() + 20
+    while True:
+        found = list(records(newest))
+        if any(record.HasField("exit") for record in found):
+            return found
+        assert time.monotonic() < deadline, "W&B doesn't finish its file"
+        time.sleep(0.2)
 
 
 def history(file: Path, count: int, patience: float = 20.0) -> list[dict[str, Any]]:
@@ -45,7 +85,7 @@ def history(file: Path, count: int, patience: float = 20.0) -> list[dict[str, An
 def test_a_restart_goes_on_in_the_same_run_and_repeats_nothing(tmp_path: Path) -> None:
     attempt(tmp_path, 0, range(1, 6))
     [first] = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    attempt(tmp_path, 5, range(4, 8))
+    attempt(tmp_path, 5, range(4, 8), record=RECORD)
     [second] = set(tmp_path.glob("wandb/offline-run-*/*.wandb")) - {first}
     assert first.name == second.name == "run-abcd1234.wandb"
     rows = history(first, 5), history(second, 2)
@@ -54,6 +94,60 @@ def test_a_restart_goes_on_in_the_same_run_and_repeats_nothing(tmp_path: Path) -
     assert rows[0][0]["objective/accuracy"] == 1
     assert rows[1][1]["knn/top1"] == 61.0
     assert rows[1][1]["pictures/rebuilt/_type"] == "image-file"
+    assert rows[1][1]["pictures/rebuilt/caption"] == "rebuilt, step 7"
+    assert "evaluations/_type" not in rows[0][-1]
+    table = rows[1][1]["evaluations/path"]
+    assert json.loads((second.parent / "files" / table).read_text()) == {
+        "columns": ["step", "samples", "evaluation", "figure", "value"],
+        "data": [[3, 24, "knn", "top1", 50.0], [7, 56, "knn", "top1", 61.0], [7, 56, "knn", "top5", 80.0]],
+    }, "of the whole run, not of this attempt alone"
+
+
+def test_a_run_tells_whose_it_is_what_made_it_and_how_its_machine_fared(tmp_path: Path) -> None:
+    attempt(tmp_path, 0, range(1, 3), end="done")
+    found = finished(tmp_path)
+    [run] = [record.run for record in found if record.HasField("run")][:1]
+    assert (run.project, run.run_group, run.job_type, list(run.tags)) == (
+        "keel",
+        "a-sweep",
+        "pretrain",
+        ["a"],
+    )
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["train"] == {"batch_size": 8} and config["provenance"] == {"commit": "0123abc"}
+    assert any(record.HasField("stats") for record in found), "system metrics"
+    assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0]
+
+
+def ill(row: Row) -> Row:
+    """Step 2 has a loss that is NaN; between steps 3 and 4 three updates couldn't be applied."""
+    return row | {
+        "loss": float("nan") if row["step"] == 2 else 1.0,
+        "skipped_batches": 5 if row["step"] > 3 else 2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("already_sent", "end", "heard"),
+    [
+        (0, "done", ["2 batches were skipped", "loss is nan", "3 batches were skipped", "at step 5"]),
+        (1, "failed", ["loss is nan", "3 batches were skipped", "at step 5"]),
+        (1, "preempted", ["loss is nan", "3 batches were skipped"]),
+    ],
+)
+def test_somebody_is_told_of_nan_and_of_the_end(
+    tmp_path: Path, already_sent: int, end: str, heard: list[str]
+) -> None:
+    """A resumed run doesn't tell again what was skipped before, and one that goes on by itself no end."""
+    attempt(tmp_path, already_sent, range(1, 6), end=end, change=ill)
+    found = finished(tmp_path)
+    alerts = [record.alert for record in found if record.HasField("alert")]
+    assert len(alerts) == len(heard)
+    assert all(wanted in alert.text for wanted, alert in zip(heard, alerts, strict=True))
+    assert all(alert.title.startswith("mine: ") and str(tmp_path) in alert.text for alert in alerts)
+    levels = {"done": "INFO", "failed": "ERROR", "preempted": "WARN"}
+    assert alerts[-1].level == levels[end]
+    assert [record.exit.exit_code for record in found if record.HasField("exit")] == [int(end == "failed")]
 
 
 def test_the_death_of_its_process_does_not_stop_training(
@@ -115,3 +209,69 @@ def test_without_a_key_it_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 def test_a_key_in_netrc_counts(tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "0" * 40 + "\n")
     assert has_key()
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `wandb` beside Python that writes down what it is told, and fails where a file says so."""
+    home = tmp_path / "bin"
+    home.mkdir()
+    program = home / "wandb"
+    program.write_text(
+        f'#!/bin/sh\nprintf "%s\\n" "$@" "mode=$WANDB_MODE" > {home}/said\n[ ! -e {home}/broken ]\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(home / "python"))
+    return home
+
+
+def offline(run: Path, day: int, synced: bool = False) -> Path:
+    folder = run / "wandb" / f"offline-run-2026110{day}_120000-abcd1234"
+    folder.mkdir(parents=True)
+    (folder / "run-abcd1234.wandb").touch()
+    if synced:
+        (folder / "run-abcd1234.wandb.synced").touch()
+    return folder
+
+
+def test_what_is_sent_is_what_waits_oldest_first(
+    tmp_path: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second, first = offline(tmp_path, 2), offline(tmp_path, 1)
+    offline(tmp_path, 3, synced=True)
+    (tmp_path / "wandb" / "offline-run-20261104_120000-empty").mkdir()
+    assert offline_folders(tmp_path) == [first, second]
+    with pytest.raises(RunError, match=r"^W&B: no key is here; run `wandb login`"):
+        upload([first, second])
+    assert not (stand_in / "said").exists()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    upload([first, second])
+    assert (stand_in / "said").read_text().split("\n") == ["sync", str(first), str(second), "mode=", ""]
+    (stand_in / "broken").touch()
+    with pytest.raises(RunError, match=r"`wandb sync` failed \(exit code 1\)"):
+        upload([first])
+
+
+@pytest.mark.timeout(60)
+def test_attempts_kept_offline_become_one_run_without_a_gap_or_a_repeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W&B's real command against a server that remembers lines; once more, and nothing is left to send."""
+    attempt(tmp_path, 0, range(1, 4))
+    finished(tmp_path)
+    attempt(tmp_path, 3, range(2, 6), end="done")
+    finished(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with server() as received:
+        monkeypatch.setenv("WANDB_BASE_URL", received.url)
+        upload(offline_folders(tmp_path))
+        [(run, rows)] = received.history.items()
+    assert run == "abcd1234"
+    assert [row["_step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["train/loss"] for row in rows] == [1 / step for step in range(1, 6)]
+    said = received.said[run]
+    assert (said["groupName"], said["jobType"], said["tags"]) == ("a-sweep", "pretrain", ["a"])
+    assert "mine: done" in received.alerts
+    assert any(name.startswith("media/images/pictures/rebuilt") for name in received.files)
+    assert offline_folders(tmp_path) == []
