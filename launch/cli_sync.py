@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import RunError
-from launch.run_files import run_folders
+from launch.registry import list_runs
 
 
 def sync(
@@ -21,30 +21,31 @@ def sync(
     """Upload what W&B kept offline, by its own command; each run stays one run whatever its restarts."""
     from pretrain.tracking.wandb import offline_folders, upload
 
-    waiting = {run: offline_folders(run) for run in runs_in(roots)}
-    folders = [folder for found in waiting.values() for folder in found]
-    if not folders:
-        typer.echo("nothing to send: all that W&B kept offline is uploaded")
-        return
-    for run, found in waiting.items():
-        typer.echo(f"{run}: {len(found)} to send")
-    if not dry_run:
+    folders: list[Path] = []
+    for run, state in tracked_offline(roots).items():
+        if state == "running":  # half of its file would be taken for the whole
+            typer.echo(f"{run}: is being trained; sync it afterwards")
+            continue
+        found = offline_folders(run)
+        typer.echo(f"{run}: {len(found)} to send" if found else f"{run}: all is sent")
+        folders += found
+    if folders and not dry_run:
         upload(folders)
 
 
-def runs_in(roots: Sequence[Path]) -> list[Path]:
-    """Runs at or below each root that have been tracked offline.
+def tracked_offline(roots: Sequence[Path]) -> dict[Path, str]:
+    """State of every run at or below the roots that W&B tracked offline.
 
     Raises `RunError` for a root without any.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, str] = {}
     for root in roots:
-        place = root.expanduser().absolute()
-        runs = [run for run in sorted(run_folders(place)) if list(run.glob("wandb/offline-run-*"))]
-        if not runs:
+        runs = {Path(run.path): run.state for run in list_runs(root.expanduser().absolute())}
+        own = {run: state for run, state in runs.items() if list(run.glob("wandb/offline-run-*"))}
+        if not own:
             raise RunError(
-                f"{root}: no run in it was tracked offline by W&B (wandb/offline-run-*); name "
-                "run folders, or a folder of them"
+                f"{root}: no run in it was tracked offline by W&B (wandb/offline-run-*); name run folders, "
+                "or a folder of them"
             )
-        found |= dict.fromkeys(runs)
-    return list(found)
+        found |= own
+    return found
