@@ -49,7 +49,7 @@ _MAIN = (
 
 def main_charts(runs: Sequence[Run]) -> list[Chart]:
     """Loss, learning rate, gradient norm and throughput."""
-    found = []
+    found: list[Chart] = []
     for column, title, meaning, zero in _MAIN:
         lines = _lines(runs, {n: run.columns.get(column) for n, run in enumerate(runs)})
         found += _chart(title, meaning, lines, zero=zero, log=False if zero else None)
@@ -59,7 +59,7 @@ def main_charts(runs: Sequence[Run]) -> list[Chart]:
 def own_charts(runs: Sequence[Run]) -> list[Chart]:
     """The objectives' own metrics, by name."""
     names = dict.fromkeys(name for run in runs for name in run.columns if name.startswith("objective/"))
-    found = []
+    found: list[Chart] = []
     for name in names:
         lines = _lines(runs, {n: run.columns.get(name) for n, run in enumerate(runs)})
         found += _chart(name.removeprefix("objective/").replace("_", " "), "", lines)
@@ -74,7 +74,7 @@ def evaluation_charts(runs: Sequence[Run]) -> list[Chart]:
             for name, value in row["values"].items():
                 own = points.setdefault(f"{row['name']} / {name}", {}).setdefault(number, [])
                 own.append((row["samples"], value))
-    found = []
+    found: list[Chart] = []
     for title, by_run in points.items():
         lines = [
             thinned(runs[number].name, number, *np.array(sorted(own), dtype=np.float64).T)
@@ -85,7 +85,7 @@ def evaluation_charts(runs: Sequence[Run]) -> list[Chart]:
 
 
 def _lines(runs: Sequence[Run], columns: Mapping[int, Floats | None]) -> list[Line]:
-    found = []
+    found: list[Line] = []
     for number, column in columns.items():
         if column is not None:
             line = thinned(runs[number].name, number, runs[number].columns["samples"], column)

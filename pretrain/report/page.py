@@ -124,7 +124,7 @@ def _drawn(chart: Chart, identity: str) -> dict[str, Any]:
 
 def _drawn_line(line: Line, x: Axis, y: Axis, marked: bool) -> dict[str, Any]:
     across = x.place(line.x) * WIDE
-    known = np.flatnonzero(np.isfinite(line.y)) if marked else []
+    known: Any = np.flatnonzero(np.isfinite(line.y)) if marked else []
     mean, low, high = ((1 - y.place(values)) * HIGH for values in (line.y, line.low, line.high))
     bundled = bool(np.nanmax(line.high - line.low) > 0)
     return {

@@ -198,6 +198,7 @@ def upload(folders: Sequence[Path]) -> None:
     if command is None:
         raise RunError("W&B: its command `wandb` isn't here; install keel's requirements again")
     environment = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+    environment["WANDB_DIR"] = str(folders[0].parent.parent)  # its own log: not into whatever folder this is
     done = subprocess.run([command, "sync", *map(str, folders)], env=environment, check=False)
     if done.returncode:
         raise RunError(
