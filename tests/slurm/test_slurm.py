@@ -248,7 +248,9 @@ def test_a_more_important_job_gets_the_nodes_and_the_run_comes_back(
 
 
 def test_a_cancelled_run_stays_away(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
-    root = prepared(config(tmp_path / "run", digits, *ENDLESS), cluster())
+    """W&B's process dies of the same signal, which is no reason not to save."""
+    asked = (*ENDLESS, "track.wandb=offline")
+    root = prepared(config(tmp_path / "run", digits, *asked), cluster())
     (job,) = submit.submit([root], cluster())
     at_step(root, 5)
     with pytest.raises(RunError, match=f"is job {job} already"):
@@ -258,6 +260,8 @@ def test_a_cancelled_run_stays_away(slurm: Cluster, tmp_path: Path, digits: Path
     ended(slurm, job, root)
     assert attempts(root)[-1]["reason"] == "terminated"
     assert list((root / "checkpoints").glob("step-*"))
+    (run,) = look([root])
+    assert (run.state, run.note) == ("cancelled", "")
 
 
 def test_a_node_that_failed_twice_is_avoided(slurm: Cluster, tmp_path: Path, digits: Path) -> None:
