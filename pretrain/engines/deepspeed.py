@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,20 +236,17 @@ class DeepSpeedEngine:
     def whole_parameters(self) -> Iterator[nn.Module]:
         """The objective in eval mode with every parameter whole on every rank, for reading; collective.
 
-        Batch-norm statistics are averaged over ranks first. The training flags come back at the end.
+        Batch-norm statistics are meanwhile their mean over ranks. Those and the training flags come back.
         """
-        self._statistics.average()
         training = [module for module in self._objective.modules() if module.training]
-        self._objective.eval()
-        try:
-            if self.zero_stage < 3:
-                yield self._objective
-            else:
-                with _gathered(self._objective):
+        with self._statistics.averaged():
+            self._objective.eval()
+            try:
+                with nullcontext() if self.zero_stage < 3 else _gathered(self._objective):
                     yield self._objective
-        finally:
-            for module in training:
-                module.training = True
+            finally:
+                for module in training:
+                    module.training = True
 
     def stage(self, extra: Mapping[str, Any]) -> state.Staged:
         """Copy this rank's state to host memory; collective. Training may go on while it is written.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,6 +33,17 @@ class Statistics:
         """Replace them by their mean over ranks; collective."""
         average_batch_norm_statistics(self._module)
         self.keep()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Their mean over ranks while it lasts, then each rank's own again, to the bit; collective."""
+        own = [buffer.clone() for buffer in self._live]
+        average_batch_norm_statistics(self._module)
+        try:
+            yield
+        finally:
+            if own:
+                torch._foreach_copy_(self._live, own)
 
     def keep(self) -> None:
         """Remember them as they are."""
