@@ -38,6 +38,8 @@ def evaluate(
     Raises `UserError`.
     """
     refuse_equal_names(evaluations)
+    for evaluation in evaluations:
+        evaluation.require_data()
     done, total = 0, _samples(evaluations)
 
     def advance(count: int) -> None:

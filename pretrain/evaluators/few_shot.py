@@ -8,7 +8,7 @@ each contains the smaller ones of its number, and all encoders see the same labe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pydantic
@@ -29,6 +29,8 @@ _WORTH_THREADS = 2**20
 
 class FewShotConfig(EvaluatorConfig):
     """How many labels a class, how many draws, and the fixed inverse L2 strength."""
+
+    needs_labels: ClassVar[bool] = True
 
     kind: str = "few_shot"
     shots: tuple[pydantic.PositiveInt, ...] = (1, 5, 10)

@@ -7,6 +7,7 @@ weight exp(s_i / T). Nothing is trained, so the score says what the geometry of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pydantic
 import torch
@@ -24,6 +25,8 @@ _SIMILARITIES = 2**26
 
 class KNNConfig(EvaluatorConfig):
     """Weighted kNN: the neighbours' number and the temperature of their votes."""
+
+    needs_labels: ClassVar[bool] = True
 
     kind: str = "knn"
     k: pydantic.PositiveInt = 20

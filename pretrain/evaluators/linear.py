@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pydantic
 import torch
@@ -23,6 +24,8 @@ from pretrain.types import Scores
 
 class LinearConfig(EvaluatorConfig):
     """SGD with momentum 0.9 and a cosine schedule; every learning rate trains a classifier of its own."""
+
+    needs_labels: ClassVar[bool] = True
 
     kind: str = "linear"
     learning_rates: tuple[pydantic.PositiveFloat, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # at batch 256

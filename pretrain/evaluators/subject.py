@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import numpy as np
 import pydantic
@@ -144,6 +144,8 @@ class EvaluatorConfig(Config, ABC):
     each class is judged and the rest learnt from, so that a run, an export and a timm model are judged alike.
     """
 
+    needs_labels: ClassVar[bool] = False
+
     kind: str
     name: str | None = None  # under which the scores are logged; the kind where it isn't given
     every: Duration | None = None  # how often during training; without it only at the end
@@ -172,15 +174,26 @@ class EvaluatorConfig(Config, ABC):
         `objective` may be on the meta device.
         """
 
+    def require_data(self) -> None:
+        """Refuse data that can't be used, before a run starts or a model is opened. Raises `UserError`."""
+        loaded = {path: Manifest.load(path) for path in self.manifests()}
+        for path, manifest in loaded.items():
+            if self.needs_labels and not set(LABEL_FIELDS) & set(manifest.fields):
+                raise DataError(f"{path}: has no class labels, which {self.title} needs")
+        (learn, first), (judge, last) = next(iter(loaded.items())), list(loaded.items())[-1]
+        if self.needs_labels and first.classes and last.classes and first.classes != last.classes:
+            raise DataError(
+                f"{judge}: its {len(last.classes)} classes aren't the {len(first.classes)} of {learn}, which "
+                f"{self.title} learns from; index both with the same --classes"
+            )
+
     @abstractmethod
     def build(self) -> Evaluator: ...
 
     def learn_and_judge(self, subject: Subject) -> tuple[Features, Features]:
         """Features to learn from and features to be judged on. Raises `DataError` where one has no labels."""
+        self.require_data()
         *learn, judge = self.manifests()
-        for manifest in (*learn, judge):
-            if not set(LABEL_FIELDS) & set(Manifest.load(manifest).fields):
-                raise DataError(f"{manifest}: has no class labels, which {self.title} needs")
         if not learn:
             return fixed_fifth(subject.features(judge))
         return subject.features(learn[0]), subject.features(judge)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self, runtime_checkable
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import pydantic
 import torch
@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from configs.errors import ConfigError, DataError
 from data_pipeline.manifest import Manifest
-from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.tokenize import Tokenizer
 from data_pipeline.types import Batch
 from pretrain import collectives
@@ -40,6 +39,8 @@ class ImageText(Protocol):
 
 class ZeroShotConfig(EvaluatorConfig):
     """Prompts, and names for the classes. `data` is judged; of a folder with train and val, val."""
+
+    needs_labels: ClassVar[bool] = True
 
     kind: str = "zero_shot"
     templates: tuple[str, ...] | Path = ("a photo of a {}.",)  # with {} for the name; or a file, one a line
@@ -69,6 +70,12 @@ class ZeroShotConfig(EvaluatorConfig):
         """Refuse an objective without a text tower. Raises `ConfigError`."""
         image_text(objective, self.title)
 
+    def require_data(self) -> None:
+        """Refuse unlabelled data, and prompts or names that can't be read or don't match."""
+        super().require_data()
+        [path] = self.manifests()
+        self.prompts(), self.names(Manifest.load(path))
+
     def build(self) -> Evaluator:
         return ZeroShot(self)
 
@@ -85,7 +92,16 @@ class ZeroShotConfig(EvaluatorConfig):
         return found
 
     def names(self, manifest: Manifest) -> Sequence[str]:
-        """What each label is called. Raises `ConfigError` or `DataError`."""
+        """What each label is called. Raises `ConfigError` or `DataError`, also where a label has no name."""
+        names = self._names(manifest)
+        if manifest.classes and len(names) != len(manifest.classes):
+            raise ConfigError(
+                f"evaluate.{self.title}.classes: {self.classes} names {len(names)} classes, "
+                f"{manifest.path} has {len(manifest.classes)}; give a name for each label, in their order"
+            )
+        return names
+
+    def _names(self, manifest: Manifest) -> Sequence[str]:
         if self.classes is None:
             if not manifest.classes:
                 raise DataError(
@@ -156,8 +172,7 @@ class ZeroShot:
     def __call__(self, subject: Subject) -> Scores:
         title, [path] = self.config.title, self.config.manifests()
         objective, manifest = image_text(subject.objective, title), Manifest.load(path)
-        if not set(LABEL_FIELDS) & set(manifest.fields):
-            raise DataError(f"{path}: has no class labels, which {title} needs")
+        self.config.require_data()
         names, templates = self.config.names(manifest), self.config.prompts()
         classes = self.class_embeddings(subject, names, templates)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,15 @@ from torch import Tensor, nn
 
 from configs.errors import DataError
 from data_pipeline.augment import augmented
+from data_pipeline.manifest import Manifest
 from data_pipeline.types import CenterCrop, RandomResizedCrop, ViewSpec
 from pretrain import collectives
 from pretrain.augmentation import Augmentation
+from pretrain.evaluators.effective_rank import EffectiveRankConfig
 from pretrain.evaluators.features import Features, fixed_fifth, standardised
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
+from pretrain.evaluators.linear import LinearConfig
 from pretrain.evaluators.subject import (
     RawPixels,
     Subject,
@@ -96,15 +101,26 @@ def on_a_rank(
         features = subject.features(val)
         knn = KNNConfig(data=val).build()(subject).values
         few = FewShotConfig(data=val, shots=(1, 5), draws=3).build()(subject).values
+        linear = LinearConfig(data=val, epochs=2, learning_rates=(0.1, 1.0, 3.0)).build()(subject).values
+        rank = EffectiveRankConfig(data=val).build()(subject).values
         means = mean_over_set(subject, val, lambda b: {"label": b.target.double().mean()})  # type: ignore[union-attr]
-        return features.values.sum(dim=1).tolist(), features.labels.tolist(), {**knn, **few}, means
+        return (
+            features.values.sum(dim=1).tolist(),
+            features.labels.tolist(),
+            {**knn, **few, "linear": linear["top1"], **rank},
+            means,
+        )
     finally:
         processes.stop()
 
 
 def test_ranks_give_what_one_process_gives(digits: Path, ranks: Ranks) -> None:
     (alone,) = ranks(1, on_a_rank, digits=str(digits), batch_size=64)
-    for sums, labels, scores, means in ranks(2, on_a_rank, digits=str(digits), batch_size=50):
+    several = [
+        found for count in (2, 4) for found in ranks(count, on_a_rank, digits=str(digits), batch_size=50)
+    ]
+    assert len(several) == 6
+    for sums, labels, scores, means in several:
         assert labels == alone[1]
         assert sums == pytest.approx(alone[0], rel=1e-5)
         assert scores == pytest.approx(alone[2])
@@ -133,7 +149,6 @@ def test_a_rank_may_have_nothing_to_give(ranks: Ranks) -> None:
 
 def test_only_what_needs_labels_asks_for_them(tmp_path: Path, pixels: Subject) -> None:
     from data_pipeline import demo
-    from data_pipeline.manifest import Manifest
 
     demo.make(demo.DemoConfig(name="digits"), tmp_path / "d")
     labelled = Manifest.load(tmp_path / "d" / "val")
@@ -142,6 +157,15 @@ def test_only_what_needs_labels_asks_for_them(tmp_path: Path, pixels: Subject) -
     with pytest.raises(DataError, match="has no class labels, which knn needs"):
         KNNConfig(data=val).build()(pixels)
     assert (pixels.features(val).labels == -1).all()
+
+
+def test_sets_of_other_classes_are_refused(digits: Path, tmp_path: Path, pixels: Subject) -> None:
+    manifest = Manifest.load(shutil.copytree(digits / "val", tmp_path / "val"))
+    dataclasses.replace(manifest, classes=manifest.classes[::-1]).save()
+    config = KNNConfig(data=tmp_path / "val", labelled=digits / "train/manifest.json")
+    with pytest.raises(DataError, match=r"its 10 classes aren't the 10 of .*train/manifest.json, which knn"):
+        config.build()(pixels)
+    EffectiveRankConfig(data=tmp_path / "val", labelled=digits / "train/manifest.json").require_data()
 
 
 def test_a_fifth_of_each_class_is_held_back_always_the_same() -> None:

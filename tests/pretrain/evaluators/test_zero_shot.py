@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,8 +126,14 @@ def test_what_it_refuses_is_one_line(shapes: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.zero_shot: the run's data\.tokenizer is missing"):
         config.build()(without)
     (tmp_path / "few.txt").write_text("circle\nsquare\n")
+    few = ZeroShotConfig(data=shapes, classes=tmp_path / "few.txt")
+    with pytest.raises(ConfigError, match=r"zero_shot\.classes: .*few.txt names 2 classes, .* has \d+; give"):
+        few.require_data()
+    nameless = Manifest.load(shutil.copytree(shapes / "val", tmp_path / "nameless"))
+    dataclasses.replace(nameless, classes=()).save()
+    few = few.model_copy(update={"data": tmp_path / "nameless"})
     with pytest.raises(DataError, match=r"has label [2-9], but only 2 classes are named"):
-        ZeroShotConfig(data=shapes, classes=tmp_path / "few.txt").build()(subject(clip()))
+        few.build()(subject(clip()))
     with pytest.raises(ConfigError, match=r"evaluate\.zero_shot\.classes: .*gone: can't be read"):
         ZeroShotConfig(data=shapes, classes=tmp_path / "gone").build()(subject(clip()))
     with pytest.raises(ValueError, match=r"each template has one \{\}"):
