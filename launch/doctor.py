@@ -29,6 +29,7 @@ from launch import queue, slurm
 from launch.cluster import ClusterConfig
 from launch.registry import look
 from launch.run_files import tail
+from pretrain import start, trained
 from pretrain.config import RunConfig, refused_changes
 from pretrain.engines.processes import MemoryEstimate, memory_estimate
 from pretrain.plan import Plan
@@ -217,6 +218,19 @@ def _model(patient: Patient) -> Iterator[Check]:
         yield Check("memory", "pass", text)
 
 
+def _weights(patient: Patient) -> Iterator[Check]:
+    """The weights that a new run is to start from open and fit."""
+    encoder, root = patient.config.encoder, patient.config.run.dir
+    if encoder.weights is None:
+        return
+    if (root / "config.yaml").is_file():
+        yield Check("weights", "pass", f"{encoder.weights}: the run has begun, and they aren't read again")
+        return
+    opened = start.opened(encoder, trained.image_size(patient.config))
+    assert opened is not None
+    yield Check("weights", "pass", f"{encoder.weights}: {opened[1]}")
+
+
 def _on_device(estimate: MemoryEstimate, offloaded: bool) -> int:
     return estimate.total - (estimate.optimizer if offloaded else 0)
 
@@ -344,8 +358,8 @@ def _queue(patient: Patient) -> Iterator[Check]:
 
 
 _CHECKS: dict[str, Callable[[Patient], Iterator[Check]]] = {
-    "data": _data, "samples": _samples, "batch": _batch, "model": _model, "run folder": _folder,
-    "checkpoints": _checkpoints, "W&B": _wandb, "network": _network, "queue": _queue,
+    "data": _data, "samples": _samples, "batch": _batch, "model": _model, "weights": _weights,
+    "run folder": _folder, "checkpoints": _checkpoints, "W&B": _wandb, "network": _network, "queue": _queue,
 }  # fmt: skip
 
 

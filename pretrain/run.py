@@ -64,6 +64,7 @@ def prepare(
     config.optimizer.require_possible(config.train.zero_stage)
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)
+        evaluation.require_data()
     branch = None if fork is None else fork.checkpoint()
     starting = None if state or fork is not None else start.opened(config.encoder, plan.image_size)
     if fork is not None and branch is not None:
@@ -72,7 +73,9 @@ def prepare(
     with folder.lease():
         # The checkpoint first: what has a config is a run, and would start from nothing without it.
         parent = {} if fork is None or branch is None else {"parent": forks.bring(fork, branch, plan, folder)}
-        began = {} if starting is None else {"starting_weights": start.keep(folder, starting)}
+        began = {}
+        if starting is not None:
+            began["starting_weights"] = start.keep(folder, config.encoder, *starting)
         write_atomically(folder.config_file, loading.dump(config))
         if not state:
             identity = {"id": secrets.token_hex(4), "created": now(), "status": "new"}

@@ -8,9 +8,11 @@ as there is a checkpoint, the run goes on from that and never looks at them agai
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,12 +22,15 @@ from configs.errors import RunError
 from pretrain import checkpoint, encoders
 from pretrain.collectives import from_main
 from pretrain.encoders import EncoderConfig, weights
+from pretrain.encoders.weights import Loaded
 from pretrain.folder import RunFolder
 from pretrain.types import Objective
 
+log = logging.getLogger(__name__)
 
-def opened(config: EncoderConfig, image_size: tuple[int, int]) -> nn.Module | None:
-    """The encoder with the weights that its config names, None where it names none.
+
+def opened(config: EncoderConfig, image_size: tuple[int, int]) -> tuple[nn.Module, Loaded] | None:
+    """The encoder with the weights that its config names and an account of them, None where it names none.
 
     Raises `RunError` where they can't be read or don't fit, with what is missing and what is left over.
     """
@@ -33,19 +38,18 @@ def opened(config: EncoderConfig, image_size: tuple[int, int]) -> nn.Module | No
         return None
     with torch.random.fork_rng(devices=[]):
         encoder = encoders.build(config, image_size)
-    weights.load(encoder, config.weights)
-    return encoder
+    return encoder, weights.load(encoder, config.weights)
 
 
-def keep(folder: RunFolder, encoder: nn.Module) -> str:
-    """Put the encoder's weights into the run folder, atomically; gives their SHA-256."""
+def keep(folder: RunFolder, config: EncoderConfig, encoder: nn.Module, loaded: Loaded) -> dict[str, Any]:
+    """Put the encoder's weights into the run folder, atomically; gives what run.json tells of them."""
     beside = folder.starting_weights.with_name(f".{folder.starting_weights.name}.{os.getpid()}")
     save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, beside)
     with beside.open("rb") as file:
         os.fsync(file.fileno())
         found = hashlib.file_digest(file, "sha256").hexdigest()
     beside.replace(folder.starting_weights)
-    return found
+    return {"source": config.weights, "taken": str(loaded), "sha256": found}
 
 
 def begin(objective: Objective, folder: RunFolder, config: EncoderConfig) -> None:
@@ -61,6 +65,8 @@ def begin(objective: Objective, folder: RunFolder, config: EncoderConfig) -> Non
             "and start the run anew"
         )
     objective.start_from(partial(_read, folder.starting_weights))
+    told = folder.read_state()["starting_weights"]
+    log.info("starts from the weights of %s: %s", told["source"], told["taken"])
 
 
 def _read(file: Path, encoder: nn.Module) -> None:

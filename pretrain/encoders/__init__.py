@@ -15,6 +15,7 @@ from configs.loading import Config
 from pretrain.encoders.torchvision_compat import ensure_torchvision
 
 Pooling = Literal["token", "avg"]
+_FILES = frozenset({".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt"})
 
 
 class EncoderConfig(Config):
@@ -41,10 +42,11 @@ class EncoderConfig(Config):
         )  # fmt: skip
 
     def placed(self) -> EncoderConfig:
-        """The same with an absolute path to weights that lie here."""
-        if self.weights is None or not Path(self.weights).expanduser().exists():
+        """The same with an absolute path to weights, also to those that are gone by now."""
+        path = Path(self.weights or "").expanduser()
+        if self.weights is None or not (path.exists() or len(path.parts) > 1 or path.suffix in _FILES):
             return self
-        return self.model_copy(update={"weights": str(Path(self.weights).expanduser().absolute())})
+        return self.model_copy(update={"weights": str(path.absolute())})
 
 
 def build(config: EncoderConfig, image_size: tuple[int, int]) -> nn.Module:
@@ -62,7 +64,20 @@ def build(config: EncoderConfig, image_size: tuple[int, int]) -> nn.Module:
             f"encoder.args: timm can't make {config.name} with {arguments}: {' '.join(str(error).split())}"
         ) from error
     assert isinstance(model, nn.Module)
+    _require_whole_patches(model, image_size)
     return model
+
+
+def _require_whole_patches(model: Any, image_size: tuple[int, int]) -> None:
+    """timm drops the pixels beyond the last whole patch without a word."""
+    if not is_vit(model) or getattr(model.patch_embed, "dynamic_img_pad", False):
+        return
+    patch = model.patch_embed.patch_size
+    if any(side % part for side, part in zip(image_size, patch, strict=True)):
+        raise ConfigError(
+            f"data.image_size: {image_size[0]} x {image_size[1]} pixels aren't whole patches of "
+            f"{patch[0]} x {patch[1]}; use a multiple"
+        )
 
 
 def has_image_size(name: str) -> bool:

@@ -9,16 +9,16 @@
         CLIP                     visual.* of OpenAI's or open_clip's state dict, JIT archives aside
         plain                    timm's own names
 
-What isn't the encoder's (decoder, heads, text tower, queue) is left out by these lists and said in the log;
-anything else that is missing or left over is an error. Checkpoints are read without executing code from them.
+What isn't the encoder's (decoder, heads, text tower, queue) is left out by these lists, and said; anything
+else that is missing or left over is an error that names it. Checkpoints are read without executing code from
+them.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.errors import RunError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,20 @@ LAYOUTS = (
 """The first whose prefix some name begins with is taken."""
 
 
-def load(encoder: nn.Module, source: str) -> None:
+@dataclass(frozen=True)
+class Loaded:
+    """What was taken from a source, and what of it was not."""
+
+    layout: str
+    left_out: tuple[str, ...] = ()  # modules and parameters that aren't the encoder's
+    grid: tuple[int, int] | None = None  # what positions were resampled to, where they were
+
+    def __str__(self) -> str:
+        positions = f", positions resampled to {self.grid[0]} x {self.grid[1]}" if self.grid else ""
+        return f"read as {self.layout}, left out: {', '.join(self.left_out) or 'nothing'}{positions}"
+
+
+def load(encoder: nn.Module, source: str) -> Loaded:
     """Put the weights of `source` into `encoder`, which has no classifier.
 
     Positions are resampled where the image size differs, as timm does. Raises `RunError` naming what doesn't
@@ -59,26 +70,42 @@ def load(encoder: nn.Module, source: str) -> None:
     """
     own = encoder.state_dict()
     path = Path(source).expanduser()
-    found = _of_file(encoder, path) if path.is_file() else _of_timm(encoder, source)
+    found, loaded = _of_file(encoder, path) if path.is_file() else _of_timm(encoder, source)
+    there = found.get("pos_embed")
     found = {name: _resampled(encoder, name, value, own) for name, value in found.items()}
-    missing, unknown = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
+    if there is not None and found["pos_embed"] is not there:
+        loaded = replace(loaded, grid=tuple(encoder.patch_embed.grid_size))  # type: ignore[arg-type, union-attr]
+    missing, unknown = _modules(own.keys() - found.keys(), own), _modules(found.keys() - own.keys(), found)
     wrong = [
         f"{name} is {tuple(value.shape)} there and {tuple(own[name].shape)} here"
         for name, value in sorted(found.items())
         if name in own and value.shape != own[name].shape
     ]
     if missing or unknown or wrong:
-        told = [*(f"lacks {name}" for name in missing), *(f"has unknown {name}" for name in unknown), *wrong]
-        more = f" and {len(told) - 6} more" if len(told) > 6 else ""
+        told = [f"lacks {', '.join(missing)}"] if missing else []
+        told += [f"has unknown {', '.join(unknown)}"] if unknown else []
+        told += [*wrong[:4], f"{len(wrong) - 4} more differ in shape"] if len(wrong) > 4 else wrong
         raise RunError(
-            f"encoder.weights: {source} doesn't fit this encoder: {'; '.join(told[:6])}{more}; "
+            f"encoder.weights: {source} doesn't fit this encoder: {'; '.join(told)}; "
             "set encoder.name and encoder.args to what the weights were trained as"
         )
     encoder.load_state_dict(found, strict=True)
-    log.info("encoder.weights: %d tensors from %s", len(found), source)
+    return loaded
 
 
-def _of_file(encoder: nn.Module, path: Path) -> dict[str, Tensor]:
+def _modules(names: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """Every one of `names`; where they are all there is in a module, as one: blocks.1.*"""
+    kept = [name + "." for name in set(everything) - set(names)]
+    found = set()
+    for name in names:
+        parts = name.split(".")
+        starts = [".".join(parts[:count]) + "." for count in range(1, len(parts))]
+        whole = next((start for start in starts if not any(k.startswith(start) for k in kept)), None)
+        found.add(name if whole is None else f"{whole}*")
+    return sorted(found)
+
+
+def _of_file(encoder: nn.Module, path: Path) -> tuple[dict[str, Tensor], Loaded]:
     tensors = _flat(_read(path), path)
     layout = next(layout for layout in LAYOUTS if any(name.startswith(layout.prefix) for name in tensors))
     inside = {
@@ -89,12 +116,9 @@ def _of_file(encoder: nn.Module, path: Path) -> dict[str, Tensor]:
     own = encoder.state_dict()
     heads = {name for name in inside if name.startswith(layout.head) and name not in own}
     outside = tensors.keys() - {layout.prefix + name for name in inside}
-    log.info(
-        "encoder.weights: %s has the layout of %s; left out: %s",
-        path, layout.name, _roots(heads | outside) or "nothing",
-    )  # fmt: skip
+    loaded = Loaded(layout.name, _roots(heads | outside))
     kept = {name: value for name, value in inside.items() if name not in heads}
-    return _converted_clip(encoder, kept) if layout.name == "CLIP" else kept
+    return (_converted_clip(encoder, kept) if layout.name == "CLIP" else kept), loaded
 
 
 def _read(path: Path) -> Any:
@@ -121,7 +145,10 @@ def _flat(content: Any, path: Path) -> dict[str, Tensor]:
         {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     )
     if not tensors:
-        raise RunError(f"encoder.weights: {path} holds no tensors under model, state_dict or its top level")
+        raise RunError(
+            f"encoder.weights: {path} holds no tensors under model, state_dict or its top level; "
+            "save a state dict"
+        )
     return tensors
 
 
@@ -138,26 +165,29 @@ def _converted_clip(encoder: nn.Module, visual: dict[str, Tensor]) -> dict[str, 
     return {name: value for name, value in converted.items() if not name.startswith("head.")}
 
 
-def _of_timm(encoder: nn.Module, source: str) -> dict[str, Tensor]:
+def _of_timm(encoder: nn.Module, source: str) -> tuple[dict[str, Tensor], Loaded]:
     import timm
 
     path = Path(source).expanduser()
     name = f"local-dir:{path.absolute()}" if path.is_dir() else source
     if name == source and not timm.is_model(source):
         raise RunError(
-            f"encoder.weights: {source} is neither a file, nor a folder, nor a name that timm knows"
+            f"encoder.weights: {source} is neither a file, nor a folder, nor a name that timm knows; "
+            "check the path, or see timm.list_pretrained()"
         )
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm raises whatever its downloader, its readers or the model raise
         reason = " ".join(str(error).split())[:300]
-        raise RunError(f"encoder.weights: timm can't open {source}: {reason}") from error
+        raise RunError(
+            f"encoder.weights: timm can't open {source}: {reason}; check the name and the network"
+        ) from error
     found: dict[str, Tensor] = model.state_dict()
     own = encoder.state_dict()
     # A mean-pooling ViT keeps its last norm behind the pooling, under another name.
     if "fc_norm.weight" in found and "fc_norm.weight" not in own:
         found = {name.replace("fc_norm.", "norm."): value for name, value in found.items()}
-    return found
+    return found, Loaded("timm's")
 
 
 def _resampled(encoder: nn.Module, name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
@@ -169,11 +199,10 @@ def _resampled(encoder: nn.Module, name: str, value: Tensor, own: Mapping[str, T
     if value.shape[-1] != own[name].shape[-1]:
         return value
     grid = encoder.patch_embed.grid_size  # type: ignore[union-attr]
-    log.info("encoder.weights: positions resampled to a grid of %s", tuple(grid))  # type: ignore[arg-type]
     resampled = resample_abs_pos_embed(value, new_size=list(grid), num_prefix_tokens=prefix)  # type: ignore[arg-type]
     assert isinstance(resampled, Tensor)
     return resampled
 
 
-def _roots(names: set[str]) -> str:
-    return ", ".join(sorted({name.partition(".")[0] for name in names}))
+def _roots(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({name.removeprefix("module.").partition(".")[0] for name in names}))

@@ -19,6 +19,7 @@ from launch import doctor, queue
 from launch.cli import main
 from launch.cluster import ClusterConfig
 from launch.doctor import Check, examine
+from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.engines.processes import MemoryEstimate
 
@@ -101,6 +102,7 @@ def test_demo_data_that_are_not_made_yet_are_fine(tmp_path: Path) -> None:
         (["run.dir=/proc/none"], {}, {"run folder": "/proc can't be written to"}),
         (["track.wandb=online"], {}, {"W&B": "no key, and track.wandb is online"}),
         (["train.precision=fp16"], {}, {"model": "fp16 needs a GPU"}),
+        (["encoder.weights=/nowhere.pth"], {}, {"weights": "/nowhere.pth is neither a file"}),
     ],
 )
 def test_what_is_wrong_fails_with_what_to_do(
@@ -125,6 +127,15 @@ def test_fp16_is_judged_by_where_it_runs(look: Look) -> None:
     assert (refused.verdict, refused.found) == (
         "fail", "train.precision: fp16 needs a GPU, and the cluster's gpus_per_node is 0"
     )  # fmt: skip
+
+
+def test_weights_to_start_from_are_opened(look: Look, tmp_path: Path) -> None:
+    config = load("smoke/mae", RunConfig)
+    encoder = encoders.build(config.encoder, (32, 32))
+    torch.save({"model": encoder.state_dict() | {"mask_token": torch.ones(1)}}, tmp_path / "mae.pth")
+    found = look(f"encoder.weights={tmp_path / 'mae.pth'}")["weights"]
+    assert found.found == f"{tmp_path / 'mae.pth'}: read as MAE or plain, left out: mask_token"
+    assert "weights" not in look()
 
 
 def test_shards_and_samples_are_looked_at(look: Look, digits: Path, tmp_path: Path) -> None:

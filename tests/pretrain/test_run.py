@@ -145,6 +145,8 @@ BAD = {
     "train.precision=fp16": (1, "train.precision: fp16 needs a GPU"),
     "objective.mask_ratio=0.99": (1, "objective.mask_ratio: 0.99 of 16 patches leaves 0 visible"),
     "encoder.name=resnet18": (1, "encoder.args"),
+    "data.image_size=36": (1, "data.image_size: 36 x 36 pixels aren't whole patches of 8 x 8"),
+    "evaluate=[{kind: knn, data: /nowhere/digits}]": (1, "/nowhere/digits: no such manifest"),
     "data.manifest=/nowhere/train/manifest.json": (1, "/nowhere/train"),
 }  # fmt: skip
 

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from configs.errors import RunError
 from pretrain import checkpoint, encoders
 from pretrain.config import RunConfig
 from pretrain.engines.storage import read_model
+from pretrain.evaluators.subject import evaluation_view
+from pretrain.export import Backbone, write
 from pretrain.folder import RunFolder
+from pretrain.fork import Fork
 from pretrain.run import prepare
 from tests.pretrain.test_run import Ranks, config_for, digits, losses, run_on, train_here
 
@@ -29,12 +32,17 @@ def weights_for(config: RunConfig, file: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize(("smoke", "count", "stage"), [("mae", 2, 3), ("moco", 2, 2), ("moco_v3", 1, 1)])
+@pytest.mark.parametrize(
+    ("smoke", "count", "stage"), [("mae", 2, 3), ("moco", 2, 2), ("moco_v3", 1, 1), ("clip", 1, 0)]
+)
 def test_the_first_step_sees_them(
     ranks: Ranks, tmp_path: Path, digits: Path, smoke: str, count: int, stage: int
 ) -> None:
     file, root = tmp_path / "weights.safetensors", tmp_path / "run"
-    overrides = (f"encoder.weights={file}", f"train.zero_stage={stage}", *FIRST_STEP)
+    if smoke == "clip":  # needs captions, which it makes
+        digits = tmp_path / "shapes"
+    overrides = [f"encoder.weights={file}", f"train.zero_stage={stage}", *FIRST_STEP]
+    overrides += ["data.demo.samples=128", "data.demo.val_samples=32"] if smoke == "clip" else []
     config = config_for(root, digits, *overrides, smoke=smoke)
     wanted = weights_for(config, file)
     run_on(ranks, count, config)
@@ -48,15 +56,22 @@ def test_the_first_step_sees_them(
             assert torch.equal(found[f"teacher_encoder.{name}"], wanted[name]), name
 
 
-def test_a_resume_looks_at_the_checkpoint_alone(ranks: Ranks, tmp_path: Path, digits: Path) -> None:
+def test_a_resume_looks_at_the_checkpoint_alone(
+    ranks: Ranks, tmp_path: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, root = tmp_path / "weights.safetensors", tmp_path / "run"
     config = config_for(root, digits, f"encoder.weights={file}", *FIRST_STEP)
     weights_for(config, file)
     folder = prepare(config, world_size=1)
-    assert len(folder.read_state()["starting_weights"]) == 64
+    told = folder.read_state()["starting_weights"]
+    assert told["source"] == str(file) and "left out: nothing" in told["taken"] and len(told["sha256"]) == 64
     file.unlink()  # what the job needs lies in the run folder
     ranks(1, train_here, root=str(root))
     folder.starting_weights.unlink()
+    monkeypatch.chdir(tmp_path)  # a relative path still means the file, though it is gone
+    config = config.model_copy(
+        update={"encoder": config.encoder.model_copy(update={"weights": "weights.safetensors"})}
+    )
     again = config.model_copy(update={"train": config.train.model_copy(update={"stop_after": None})})
     assert len(run_on(ranks, 1, again)) == len(losses(root)) > 1
 
@@ -82,6 +97,27 @@ def test_what_does_not_fit_leaves_nothing_behind(tmp_path: Path, digits: Path) -
     with pytest.raises(RunError, match=r"^encoder.weights: .* neither a file, nor a folder, nor a name"):
         prepare(config, world_size=1)
     assert not root.exists()
+
+
+def test_one_runs_export_is_another_runs_start(tmp_path: Path, digits: Path) -> None:
+    """Also of a ViT pooled by its patches, whose export has timm's pooling."""
+    config = config_for(tmp_path / "run", digits, f"encoder.weights={tmp_path / 'export'}")
+    torch.manual_seed(11)
+    encoder = encoders.build(config.encoder, (32, 32))
+    assert config.encoder.pooling == "avg"
+    view = evaluation_view(config.objective.views((32, 32))[0])
+    write(Backbone(encoder, config.encoder, view), tmp_path / "export")
+    found = load_file(prepare(config, world_size=1).starting_weights)
+    assert found.keys() == encoder.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in encoder.state_dict().items())
+
+
+def test_a_fork_never_looks_at_them(tmp_path: Path, digits: Path, ranks: Ranks) -> None:
+    run_on(ranks, 1, config_for(tmp_path / "parent", digits, *FIRST_STEP))
+    config = config_for(tmp_path / "fork", digits, "encoder.weights=gone.pth", *FIRST_STEP)
+    folder = prepare(config, world_size=1, fork=Fork(tmp_path / "parent"))
+    assert "starting_weights" not in folder.read_state() and not folder.starting_weights.exists()
+    assert ranks(1, train_here, root=str(folder.root)) == ["stop_after"]
 
 
 def test_other_weights_are_another_run(tmp_path: Path, digits: Path) -> None:
