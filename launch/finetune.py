@@ -16,6 +16,7 @@ from configs.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.types import CenterCrop
 from launch.progress import progress_bar
+from pretrain import encoders
 from pretrain.encoders.finetuning import reopened
 from pretrain.evaluators.subject import evaluation_view
 from pretrain.export import ExportMismatchError, folder_for
@@ -89,8 +90,10 @@ def _config(
     model: Any, start: Start, config: FineTuneConfig, classes: tuple[str, ...], found: dict[str, float]
 ) -> dict[str, Any]:
     arguments = dict(start.encoder.args)
-    if start.encoder.name.startswith("vit_"):
-        arguments |= {"img_size": list(start.image_size), "global_pool": start.encoder.pooling}
+    if encoders.has_image_size(start.encoder.name):
+        arguments.setdefault("img_size", list(start.image_size))
+    if encoders.is_vit(model):
+        arguments["global_pool"] = start.encoder.pooling
     view = evaluation_view(start.view(config.augmentation), start.encoder.crop)
     assert isinstance(view.crop, CenterCrop)
     pretrained = {

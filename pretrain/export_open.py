@@ -12,11 +12,11 @@ from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain.encoders.torchvision_compat import ensure_torchvision
 
 
-def open_timm(source: str) -> tuple[nn.Module, ViewSpec]:
+def open_timm(source: str, *, pretrained: bool = True) -> tuple[nn.Module, ViewSpec]:
     """A pretrained encoder without its classifier, and how it wants to be shown an image.
 
     `source` is an exported folder or a timm name such as `resnet50.a1_in1k` (downloaded if not cached).
-    Raises `RunError` where it can't be opened.
+    Without `pretrained` its weights are random. Raises `RunError` where it can't be opened.
     """
     ensure_torchvision()
     import timm
@@ -25,7 +25,7 @@ def open_timm(source: str) -> tuple[nn.Module, ViewSpec]:
     if name == source and not timm.is_model(name):
         raise RunError(f"{source}: neither a run folder, an exported folder, nor a model that timm knows")
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0).eval()
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
     except Exception as error:  # timm raises whatever its downloader, its readers or the model raise
         raise RunError(f"{source}: timm can't open it: {' '.join(str(error).split())[:300]}") from error
     assert isinstance(model, nn.Module)

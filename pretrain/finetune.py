@@ -67,6 +67,7 @@ class FineTuneConfig(Config):
     erase: float = pydantic.Field(0.25, ge=0, le=1)  # probability of random erasing
     augmentation: Augmentation = Augmentation(crop_scale=(0.08, 1.0), interpolation="bicubic")
     precision: Literal["bf16", "fp32"] = "fp32"
+    pooling: encoders.Pooling | None = None  # of a ViT's tokens; None: as the source does it
 
     @pydantic.model_validator(mode="after")
     def _countable(self) -> FineTuneConfig:
@@ -90,19 +91,30 @@ class Start:
         return replace(augmentation.view(self.image_size), mean=self.mean, std=self.std)
 
 
-def start_of(source: str, *, step: int | None = None, scratch: bool = False) -> Start:
+def start_of(
+    source: str,
+    *,
+    step: int | None = None,
+    scratch: bool = False,
+    seed: int = 0,
+    pooling: encoders.Pooling | None = None,
+) -> Start:
     """Where fine-tuning a run folder, an exported folder or a timm name starts.
 
-    `scratch`: with random weights of the same architecture instead. Raises `RunError`.
+    `scratch`: with random weights of the same architecture instead, drawn from `seed`; of a timm name nothing
+    is downloaded then. `pooling`: of a ViT's tokens, where it isn't to be the source's. Raises `RunError`.
     """
     if RunFolder(Path(source)).exists():
         run = trained.read(Path(source), step)
         encoder, config, view = run.encoder, run.config.encoder, run.view
     else:
-        encoder, view = open_timm(source)
+        encoder, view = open_timm(source, pretrained=not scratch)
         config = _described(source, encoder, view)
     if scratch:
-        encoder = encoders.build(config, view.size)
+        with seeded(seed, torch.device("cpu")):
+            encoder = encoders.build(config, view.size)
+    if pooling is not None:
+        config = config.model_copy(update={"pooling": pooling})
     return Start(config, view.size, encoder.state_dict(), view.mean, view.std)
 
 
@@ -136,7 +148,8 @@ def fine_tune(
     """A classifier of `manifest`'s classes trained from `start`, in evaluation mode.
 
     The seed decides on the new layer's weights, the order, crops, mixing and drop path; the process's own
-    random state is left as it was. Raises `DataError` where the set has no class names.
+    random state is left as it was. Raises `DataError` where the set has no class names, `RunError` where the
+    weights aren't the encoder's.
     """
     data = Manifest.load(manifest)
     if not data.classes:

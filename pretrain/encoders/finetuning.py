@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from configs.errors import RunError
 from pretrain.encoders import EncoderConfig, build, is_vit
 from pretrain.types import ParamGroup
 
@@ -24,15 +25,19 @@ def classifier(
 
     As MAE's fine-tuning does it (arXiv:2111.06377 appendix A.1): a ViT that is pooled by the mean of its
     patches gets a fresh layer norm behind the pooling in place of the one before it, and the new layer starts
-    near zero. Raises ValueError where the weights are another network's.
+    near zero. Raises `RunError` where the weights are another network's.
     """
     arguments = {"drop_path_rate": drop_path, **config.args}
-    vit = config.name.startswith("vit_")
+    with torch.device("meta"):
+        vit = is_vit(build(config, image_size))
     if vit:
         arguments["global_pool"] = config.pooling
     model = build(config.model_copy(update={"args": arguments}), image_size)
     model.reset_classifier(classes)  # type: ignore[operator]
-    found = model.load_state_dict(dict(weights), strict=False)
+    try:
+        found = model.load_state_dict(dict(weights), strict=False)
+    except RuntimeError as error:
+        raise RunError(f"weights of another {config.name}: {' '.join(str(error).split())[:300]}") from error
     last = str(model.pretrained_cfg["classifier"])  # type: ignore[index]
     new = {f"{last}.weight", f"{last}.bias"}
     dropped: set[str] = set()
@@ -41,7 +46,10 @@ def classifier(
         dropped = {"norm.weight", "norm.bias"}
     wrong = sorted((set(found.missing_keys) - new) | (set(found.unexpected_keys) - dropped))
     if wrong:
-        raise ValueError(f"weights of another network than {config.name}: {', '.join(wrong[:5])}")
+        raise RunError(
+            f"weights of another network than {config.name}, whose features are pooled by {config.pooling}: "
+            f"{', '.join(wrong[:5])}"
+        )
     head = model.get_submodule(last)
     assert isinstance(head, nn.Linear)
     nn.init.trunc_normal_(head.weight, std=2e-5)

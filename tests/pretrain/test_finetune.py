@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from configs.errors import DataError
+from configs.errors import DataError, RunError
 from data_pipeline import demo
 from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
@@ -17,7 +18,7 @@ from pretrain import encoders
 from pretrain.augmentation import Augmentation
 from pretrain.encoders import EncoderConfig
 from pretrain.encoders.finetuning import classifier, layerwise_groups, mixing
-from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy, fine_tune
+from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy, fine_tune, start_of
 from pretrain.optimizers import OptimizerConfig
 from pretrain.types import Duration
 
@@ -67,8 +68,11 @@ def test_a_classifier_holds_the_pretrained_weights(config: EncoderConfig) -> Non
 def test_weights_of_another_network_are_refused() -> None:
     begin = start(VIT)
     without = {name: value for name, value in begin.weights.items() if "blocks.1.attn.qkv" not in name}
-    with pytest.raises(ValueError, match=r"blocks\.1\.attn\.qkv"):
+    with pytest.raises(RunError, match=r"pooled by avg: blocks\.1\.attn\.qkv"):
         classifier(VIT, SIZE, 10, without)
+    smaller = VIT.model_copy(update={"args": {**VIT.args, "embed_dim": 16}})
+    with pytest.raises(RunError, match=r"weights of another vit_tiny_patch16_224: .*size mismatch"):
+        classifier(smaller, SIZE, 10, begin.weights)
 
 
 def test_rates_fall_towards_the_input_and_vectors_do_not_decay() -> None:
@@ -125,3 +129,18 @@ def test_a_set_without_classes_is_refused(digits: Path, tmp_path: Path) -> None:
     Manifest(few.directory, few.shards, few.fields, (), few.about).save()
     with pytest.raises(DataError, match="no class names"):
         fine_tune(start(RESNET), few.path, recipe(2))
+
+
+def test_a_name_from_scratch_needs_no_network_and_follows_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    one, same, other = (start_of("test_vit", scratch=True, seed=seed) for seed in (1, 1, 2))
+    assert one.encoder.name == "test_vit" and one.image_size == (160, 160)
+    assert all(torch.equal(value, same.weights[name]) for name, value in one.weights.items())
+    assert not torch.equal(one.weights["patch_embed.proj.weight"], other.weights["patch_embed.proj.weight"])
+
+
+def test_a_recipe_may_pool_otherwise_than_the_source() -> None:
+    begin = start_of("test_vit", scratch=True, pooling="avg")
+    model: Any = classifier(begin.encoder, begin.image_size, 3, begin.weights)
+    assert begin.encoder.pooling == model.global_pool == "avg"
+    assert isinstance(model.fc_norm, torch.nn.LayerNorm)
