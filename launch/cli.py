@@ -106,17 +106,26 @@ def evaluate(
         str, typer.Argument(metavar="RUN", help="a run folder, an exported folder, or a timm name")
     ],
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="NAME=VALUE", help="one evaluation: kind=knn data=DIR k=10")
+        list[str] | None, typer.Argument(metavar="NAME=VALUE", help="of the evaluation: k=10")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="a labelled manifest, or a folder with train/ and val/ ones")
+    ] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="knn, linear, ...; several may be given")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="another to judge alike, beside it in the table"),
     ] = None,
     step: Step = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON list on standard output")] = False,
 ) -> None:
-    """Judge an encoder: by the run's own evaluations, or by the one given."""
+    """Judge an encoder: by the run's own evaluations, or by those given."""
     from launch import evaluate
 
-    scores = evaluate.evaluate(source, settings or (), step)
-    evaluate.show(scores, as_json=as_json)
-    for file in evaluate.save_pictures(source, scores):
+    evaluations = evaluate.wanted(source, settings or (), kind or (), data)
+    found = evaluate.evaluate([source, *(against or ())], evaluations, step)
+    evaluate.show(found, as_json=as_json)
+    for file in evaluate.save_pictures(source, found[source]):
         typer.echo(f"picture: {file}", err=as_json)
 
 
@@ -141,7 +150,7 @@ def finetune(
     from pretrain.finetune import FineTuneConfig, start_of
 
     settings = load(config, FineTuneConfig, overrides or ())
-    start = start_of(source, step=step, scratch=scratch)
+    start = start_of(source, step=step, scratch=scratch, seed=seed, pooling=settings.pooling)
     found = finetune.run(start, data.expanduser(), settings, seed=seed, workers=workers, to=to)
     finetune.show(source, found, as_json=as_json)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -21,11 +22,29 @@ from pretrain.folder import RunFolder
 from pretrain.types import Scores
 
 
-def evaluate(source: str, settings: Sequence[str], step: int | None) -> list[Scores]:
-    """Scores of a run, an export or a timm model: by `settings`, else by the run's own evaluations."""
-    evaluations = [chosen(settings)] if settings else own_evaluations(source)
-    with progress_bar("encoding") as progress:
-        return judge(source, evaluations, step=step, progress=progress)
+def evaluate(
+    sources: Sequence[str], evaluations: Sequence[EvaluatorConfig], step: int | None = None
+) -> dict[str, list[Scores]]:
+    """Scores of runs, exports and timm models; `step` is of the first, the others' is their newest."""
+    found = {}
+    for number, source in enumerate(sources):
+        with progress_bar(f"encoding {source}" if number else "encoding") as progress:
+            found[source] = judge(source, evaluations, step=None if number else step, progress=progress)
+    return found
+
+
+def wanted(
+    source: str, settings: Sequence[str], kinds: Sequence[str] = (), data: Path | None = None
+) -> Sequence[EvaluatorConfig]:
+    """One evaluation for each of `kinds` with these settings, else by `settings`, else the run's own.
+
+    Raises `ConfigError`.
+    """
+    if data is not None:
+        settings = [f"data={json.dumps(str(data))}", *settings]
+    if kinds:
+        return [chosen([f"kind={kind}", *settings]) for kind in kinds]
+    return [chosen(settings)] if settings else own_evaluations(source)
 
 
 def own_evaluations(source: str) -> Sequence[EvaluatorConfig]:
@@ -34,7 +53,7 @@ def own_evaluations(source: str) -> Sequence[EvaluatorConfig]:
     found = load(folder.config_file, RunConfig).evaluate if folder.exists() else ()
     if not found:
         raise ConfigError(
-            f"{source}: has no evaluations of its own; name one, such as kind=knn data=MANIFEST "
+            f"{source}: has no evaluations of its own; name one, such as --kind knn --data MANIFEST "
             f"(kinds: {', '.join(kinds())})"
         )
     return found
@@ -42,12 +61,17 @@ def own_evaluations(source: str) -> Sequence[EvaluatorConfig]:
 
 def chosen(settings: Sequence[str]) -> EvaluatorConfig:
     """An evaluation from `name=value` settings. Raises `ConfigError`."""
-    values = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ConfigError(f"{setting}: a setting reads name=value, such as kind=knn")
-        values[name] = yaml.safe_load(value)
+        if name in values:
+            raise ConfigError(f"{name}: is given twice, as {values[name]} and as {value}; give it once")
+        try:
+            values[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{name}: found {value!r}, which isn't a value; put it in quotes") from None
     try:
         schema = evaluator_config_type(str(values.get("kind")))
     except ValueError as error:
@@ -55,14 +79,18 @@ def chosen(settings: Sequence[str]) -> EvaluatorConfig:
     return validate(values, schema, source="evaluate").placed()
 
 
-def show(scores: Sequence[Scores], *, as_json: bool) -> None:
-    """Print scores as a table, or as one JSON list."""
+def show(found: Mapping[str, Sequence[Scores]], *, as_json: bool) -> None:
+    """Print the scores of each source as one table, or as one JSON list."""
     if as_json:
-        rows = [{"name": s.kind, "values": dict(s.values), "details": dict(s.details)} for s in scores]
+        rows = [
+            {"source": source, "name": s.kind, "values": dict(s.values), "details": dict(s.details)}
+            for source, scores in found.items()
+            for s in scores
+        ]
         print(json.dumps(rows))
         return
-    if any(score.values for score in scores):
-        _table(scores)
+    if any(score.values for scores in found.values() for score in scores):
+        _table(found)
 
 
 def save_pictures(source: str, scores: Sequence[Scores]) -> list[Path]:
@@ -77,9 +105,10 @@ def save_pictures(source: str, scores: Sequence[Scores]) -> list[Path]:
     return written
 
 
-def _table(scores: Sequence[Scores]) -> None:
-    table = Table("evaluation", "figure", "value")
-    for score in scores:
-        for name, value in score.values.items():
-            table.add_row(score.kind, name, f"{value:.4g}")
+def _table(found: Mapping[str, Sequence[Scores]]) -> None:
+    """A row for each figure, a column for each source: all are judged alike."""
+    table = Table("evaluation", "figure", *(found if len(found) > 1 else ["value"]))
+    for scores in zip(*found.values(), strict=True):
+        for name in scores[0].values:
+            table.add_row(scores[0].kind, name, *(f"{score.values[name]:.4g}" for score in scores))
     Console().print(table)
