@@ -92,15 +92,16 @@ def latest(run_dir: Path) -> Path | None:
     Damaged ones are named on the log. Raises `RunError` where all are damaged: starting again from nothing
     is for the user to decide.
     """
-    candidates = published(run_dir)
-    for candidate in candidates:
+    problems = []
+    for candidate in published(run_dir):
         problem = storage.damage(candidate.path)
         if problem is None:
             return candidate.path
         log.warning("checkpoint %s is damaged and passed over: %s", candidate.path.name, problem)
-    if candidates:
+        problems.append(problem)
+    if problems:
         raise RunError(
-            f"{run_dir / 'checkpoints'}: all {len(candidates)} checkpoints are damaged; newest: {problem}; "
+            f"{run_dir / 'checkpoints'}: all {len(problems)} checkpoints are damaged; newest: {problems[0]}; "
             "restore one, or remove the folder to start from nothing"
         )
     return None

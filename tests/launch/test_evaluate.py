@@ -136,7 +136,7 @@ def test_what_cannot_be_judged_is_a_line(keel: Keel, run: Path, digits: Path, tm
     for source, arguments, part in (
         (run, (*knn, "--step", 3), "no checkpoint at step 3; there are: 2, 4"),
         (cut, (*knn, "--step", 4), "rank-00000.safetensors: has "),
-        (cut, knn, "all 2 checkpoints are damaged"),
+        (cut, knn, f"2 checkpoints are damaged; newest: {cut}/checkpoints/step-00000004"),
         (run, ("--kind", "knn", "--data", tmp_path / "none"), "none: no such manifest"),
         (run, ("--kind", "zero_shot", "--data", digits), "needs a run whose objective embeds"),
     ):
