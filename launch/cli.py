@@ -70,9 +70,7 @@ def train(
     config: Annotated[
         str, typer.Argument(metavar="CONFIG", help="a YAML file, or one that ships with keel: demo/mae")
     ],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")
-    ] = None,
+    overrides: Overrides = None,
     nproc: Ranks = 1,
     fork: Annotated[
         Path | None, typer.Option("--fork", metavar="RUN", help="start a new run from this one's checkpoint")
@@ -215,9 +213,7 @@ def export(
 @app.command()
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="where its runs and data go")] = DEMO,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")
-    ] = None,
+    overrides: Overrides = None,
     nproc: Ranks = 2,
 ) -> None:
     """The whole of keel in a few minutes: three objectives trained, judged in one table, exported to timm."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from configs.errors import RunError, UserError
-from data_pipeline.load import Loader, build_loader
+from data_pipeline.load import Loader
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.stream import StreamLoader
 from data_pipeline.transform import device_half
@@ -120,17 +120,7 @@ def _attempt(
     told |= {"micro_batch_size": config.micro_batch(here.world_size)[0]}
     losses = MeanLater() if config.train.health.spike else None
     health = Health(config.train.health, batch_size, losses, start.health)
-    loader = build_loader(
-        config.data,
-        plan.views,
-        needs=config.objective.needs,
-        seed=config.run.seed,
-        batch_size=batch_size,
-        rank=here.rank,
-        world_size=here.world_size,
-        position=progress.samples,
-        quarantine=folder.root / "quarantine.jsonl",
-    )
+    loader = plan.loader(here.rank, here.world_size, progress.samples, folder.root / "quarantine.jsonl")
     listeners: list[Listener] = []
     watch = Watchdog(
         config.train.health, partial(_hung, folder, here, outside), first_steps=processes.TIMEOUT

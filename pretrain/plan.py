@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_pipeline.facts import Facts, facts_of
+from data_pipeline.load import Loader, build_loader
+from data_pipeline.stream import StreamLoader
 from data_pipeline.types import ViewSpec
 from pretrain import encoders
 from pretrain.config import RunConfig
@@ -44,6 +47,23 @@ class Plan:
 
     def start(self) -> Progress:
         return Progress(0, 0, self.total_steps, self.samples)
+
+    def loader(
+        self, rank: int, world_size: int, position: int, quarantine: Path | None = None
+    ) -> Loader | StreamLoader:
+        """A rank's share of the data from a position on."""
+        config = self.config
+        return build_loader(
+            config.data,
+            self.views,
+            needs=config.objective.needs,
+            seed=config.run.seed,
+            batch_size=config.train.batch_size,
+            rank=rank,
+            world_size=world_size,
+            position=position,
+            quarantine=quarantine,
+        )
 
     def objective(self, world_size: int = 1) -> Objective:
         """The objective with random weights, from torch's current generator and on its current device."""

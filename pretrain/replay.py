@@ -16,7 +16,6 @@ from torch import Tensor
 
 from configs import loading
 from configs.errors import RunError
-from data_pipeline.load import build_loader
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch
 from pretrain import checkpoint
@@ -96,16 +95,7 @@ def _replay(
     processes.seed(config.run.seed, per_rank=True)
     extra: Mapping[str, Any] = {} if source is None else load(source, engine)
     progress = Progress(extra.get("step", 0), extra.get("samples", 0), plan.total_steps, plan.samples)
-    loader = build_loader(
-        config.data,
-        plan.views,
-        needs=config.objective.needs,
-        seed=config.run.seed,
-        batch_size=batch_size,
-        rank=0,
-        world_size=1,
-        position=progress.samples,
-    )
+    loader = plan.loader(0, 1, progress.samples)
     micro_batch, accumulation = config.micro_batch(1)
     watched = Watched(engine, objective, 1 if isinstance(objective, WholeBatchObjective) else accumulation)
     accumulate = accumulate_for(objective, micro_batch, device_half(plan.views))

@@ -18,7 +18,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import RunError
 from configs.loading import load
@@ -30,11 +30,9 @@ from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, torchvision_compat
 from pretrain.evaluators.schedule import write as record
 from pretrain.export_open import open_timm
-from pretrain.folder import RunFolder
-from pretrain.health import StopRequest
-from pretrain.run import prepare, train
-from pretrain.trainer import Trainer
+from pretrain.run import prepare
 from pretrain.types import Progress, Scores, Weights
+from tests.pretrain.last_look import train_and_look
 
 timm = pytest.importorskip("timm")
 
@@ -96,24 +94,18 @@ def images() -> Tensor:
 
 def train_and_tell(root: str) -> dict[str, Tensor]:
     """Train on this rank; gives what the encoders, while still in training's hands, compute for `images`."""
-    told: dict[str, Tensor] = {}
-    whole = Trainer.fit
+    pooling = load(Path(root) / "config.yaml", RunConfig).encoder.pooling
 
-    def fit(self: Any, progress: Any) -> Any:
-        result = whole(self, progress)
-        with self.engine.whole_parameters() as objective, torch.no_grad():
-            objective.eval()
-            pooling = load(Path(root) / "config.yaml", RunConfig).encoder.pooling
-            for name in {"encoder", "teacher_encoder"} & dict(objective.named_children()).keys():
-                told[name] = encoders.features(getattr(objective, name), images(), pooling).clone()
-        return result
+    def look(objective: nn.Module) -> dict[str, Tensor]:
+        objective.eval()
+        with torch.no_grad():
+            return {
+                name: encoders.features(part, images(), pooling).clone()
+                for name, part in objective.named_children()
+                if name in ("encoder", "teacher_encoder")
+            }
 
-    Trainer.fit = fit  # type: ignore[method-assign]
-    try:
-        train(RunFolder(Path(root)), StopRequest())
-    finally:
-        Trainer.fit = whole  # type: ignore[method-assign]
-    return told
+    return train_and_look(root, look)
 
 
 @dataclass

@@ -27,31 +27,19 @@ from pretrain.folder import RunFolder
 from pretrain.health import StopRequest
 from pretrain.run import prepare, train
 from pretrain.tracking import jsonl
+from pretrain.types import Objective
+from tests.pretrain.last_look import train_and_look
 
 Ranks = Callable[..., list[Any]]
 
 
 def train_and_tell(root: str) -> dict[str, Tensor]:
-    """Train on this rank; gives what an encoder with the run's last weights computes, on rank 0's terms."""
-    from pretrain.trainer import Trainer
+    """Train on this rank; gives the encoder's last weights, while still in training's hands."""
 
-    kept: dict[str, Any] = {}
-    whole = Trainer.fit
+    def look(objective: Objective) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in objective.encoder.state_dict().items()}
 
-    def fit(self: Any, progress: Any) -> Any:
-        result = whole(self, progress)
-        with self.engine.whole_parameters() as objective:
-            kept.update(
-                {name: value.detach().clone() for name, value in objective.encoder.state_dict().items()}
-            )
-        return result
-
-    Trainer.fit = fit  # type: ignore[method-assign]
-    try:
-        train(RunFolder(Path(root)), StopRequest())
-    finally:
-        Trainer.fit = whole  # type: ignore[method-assign]
-    return kept
+    return train_and_look(root, look)
 
 
 @pytest.fixture(scope="module")
