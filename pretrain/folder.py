@@ -155,7 +155,8 @@ class Heartbeat:
     def __init__(self, folder: RunFolder, attempt: Mapping[str, Any], every_seconds: float = 10.0) -> None:
         self.folder, self.every, self.last = folder, every_seconds, 0.0
         self.attempts = [*folder.read_state().get("attempts", []), dict(attempt) | {"started": now()}]
-        folder.update_state(status="running", heartbeat=now(), attempts=self.attempts)
+        # What an earlier attempt failed of is in the logs; the run itself is well again.
+        folder.update_state(status="running", heartbeat=now(), attempts=self.attempts, error="")
 
     def after_step(self, report: StepReport) -> None:
         if time.monotonic() - self.last >= self.every:

@@ -81,8 +81,10 @@ def test_the_heartbeat_tells_how_it_ended(folder: RunFolder) -> None:
     beat = Heartbeat(folder, {"attempt": 1, "from_step": 0})
     assert folder.read_state()["status"] == "running"
     beat.finish(progress, "preempted")
+    folder.update_state(status="failed", error="no room on the disk")
     Heartbeat(folder, {"attempt": 2, "from_step": 5}).finish(progress, "done")
     state = json.loads(folder.state_file.read_text())
+    assert not state["error"], "that of an attempt before"
     assert state["status"] == "done" and state["step"] == 5
     assert [(a["attempt"], a["reason"]) for a in state["attempts"]] == [(1, "preempted"), (2, "done")]
 
