@@ -28,7 +28,8 @@ COLOURS = 8
 _APART = 0.085  # of a chart's height: a line of text
 _TABLE_ROWS = 12
 _DOTS = 60
-_PICTURE_SIDE = 560  # CSS pixels
+_PICTURE_SIDE = 640  # CSS pixels
+_WITH_WORDS, _LEGIBLE = frozenset({"similarities"}), 560
 _STEPS_SHOWN = 6  # of a picture, evenly from the first to the newest
 
 CAPTIONS = {
@@ -217,6 +218,7 @@ class _Shown:
     width: int
     height: int
     across: int  # CSS pixels at most, so that a tall sheet isn't higher than a screen
+    least: int  # CSS pixels at least: words stay legible on a phone, where the sheet is scrolled
     alt: str
 
 
@@ -255,6 +257,7 @@ def _shown(name: str, run: Run, picture: Picture) -> _Shown:
         width=picture.width,
         height=picture.height,
         across=round(_PICTURE_SIDE * min(1.0, max(0.35, picture.width / picture.height))),
+        least=min(picture.width, _LEGIBLE) if name in _WITH_WORDS else 0,
         alt=f"{name} of {run.name}, {label}. {said}".strip(),
     )
 
