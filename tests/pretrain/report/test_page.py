@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from pretrain.report import report
 from tests.pretrain.report.browser import Browser, chromium
@@ -117,6 +118,22 @@ def test_the_slider_goes_through_the_steps_of_a_picture(browser: Browser, single
                     "s.dispatchEvent(new Event('input')); })()")  # fmt: skip
         assert shown.value(seen) == [96, False]
         assert shown.value("document.querySelector('.picture .step').textContent") == "step 200"
+
+
+@pytest.mark.chromium
+def test_a_sheet_with_words_is_scrolled_on_a_phone_and_not_shrunk(browser: Browser, tmp_path: Path) -> None:
+    run = run_folder(tmp_path / "run", steps=30, pictures=("similarities", "attention"))
+    for sheet in (run / "pictures").glob("*-similarities.png"):
+        Image.new("RGB", (900, 300)).save(sheet)
+    report([run], tmp_path / "report.html")
+    with browser.page(tmp_path / "report.html", 375) as shown:
+        sheet = "document.querySelector('img[alt^=similarities]:not([hidden])')"
+        assert shown.value(f"{sheet}.getBoundingClientRect().width") == 560
+        assert shown.value(f"{sheet}.closest('.scroll').scrollWidth") == 560
+        assert shown.value("document.documentElement.scrollWidth") <= 375
+        drawn = "[...document.querySelectorAll('.picture img')].map((i) => [i.naturalWidth, "
+        drawn += "getComputedStyle(i).imageRendering])"
+        assert {tuple(each) for each in shown.value(drawn)} == {(900, "auto"), (96, "pixelated")}
 
 
 @pytest.mark.chromium
