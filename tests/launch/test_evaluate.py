@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from configs.errors import ConfigError
-from data_pipeline import demo
 from launch.evaluate import chosen, own_evaluations, show, wanted
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
@@ -26,13 +25,6 @@ Said = tuple[int, str, str]
 Keel = Callable[..., Said]
 FIGURE = re.compile(r"│ *(\w+) *│ *(\w+) *│ *([\d.]+) *│")
 """A row of the table: evaluation, figure, value."""
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(demo.DemoConfig(name="digits"), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from data_pipeline import demo
 from data_pipeline.manifest import Manifest
 from pretrain import encoders
 from pretrain.encoders import EncoderConfig
@@ -26,13 +25,6 @@ Said = tuple[int, str, str]
 Keel = Callable[..., Said]
 ARCHITECTURE = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 QUICK = ("duration=3 steps", "optimizer.warmup=1 steps", "mixup=0", "cutmix=0")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(demo.DemoConfig(name="digits"), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
