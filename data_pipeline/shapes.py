@@ -7,7 +7,8 @@ probe.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,18 @@ class _Canvas:
         return x, y
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch's exponentials round otherwise at the ends of a thread's part, so the pictures would differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@_one_thread()
 def draw(batch: int, side: int, seed: int, difficulty: Difficulty = V3) -> Drawing:
     """`batch` pictures of `side` × `side` pixels; the same arguments give the same pictures."""
     canvas = _Canvas(batch, side, torch.Generator().manual_seed(seed))

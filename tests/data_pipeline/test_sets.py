@@ -80,6 +80,18 @@ def test_an_interrupted_demo_leaves_nothing_half_made(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_pictures_do_not_depend_on_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = draw(2000, 32, seed=1)
+        torch.set_num_threads(3)
+        assert torch.equal(draw(2000, 32, seed=1).images, alone.images)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_shapes_are_drawn_and_told_alike() -> None:
     drawn, again = draw(300, 32, seed=4), draw(300, 32, seed=4, difficulty=V3)
     assert torch.equal(drawn.images, again.images) and drawn.captions == again.captions
