@@ -20,7 +20,7 @@ MAX_PIXELS = 100_000_000
 """Guard against decompression bombs: larger pictures are refused before they are decoded."""
 
 # Pillow's other formats include some that call programs or have a record of memory errors.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000")
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG"
 _HEAD = 65_536  # bytes in which an EXIF block of a JPEG lies

@@ -19,7 +19,11 @@ from configs.errors import DataError
 from data_pipeline.index import Index, Row, split_name
 from data_pipeline.manifest import Manifest
 
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm")
+# Of what decode.py reads, each ending that such files have; what others packed keeps its name.
+IMAGE_FIELDS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm", "jpe", "jfif", "pjpeg", "mpo", "apng", "pgm", "pbm"),
+    *("pnm", "tif", "tiff", "avif", "avifs", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx"),
+)
 LABEL_FIELDS = ("cls",)
 CAPTION_FIELDS = ("txt", "json")
 
