@@ -105,7 +105,7 @@ def building(out: Path) -> Iterator[Building]:
     except OSError as error:
         raise DataError(
             f"{said(out)}: can't be written: {error.strerror or error}; "
-            "shards that are finished are kept for the next start"
+            "make room or name another folder; shards that are finished are kept for the next start"
         ) from error
 
 

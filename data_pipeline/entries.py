@@ -1,9 +1,8 @@
-"""What a folder or a table offers to `keel data pack`: the pictures, their labels and texts, and the account."""
+"""What a folder or a table offers to `keel data pack`: pictures, their labels and texts, and an account."""
 
 from __future__ import annotations
 
 import math
-import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -91,7 +90,7 @@ def listed(names: Sequence[str]) -> str:
 
 def stamped(path: Path) -> tuple[int, ...]:
     """Size and time of a regular file. Raises OSError, or ValueError that says what it is instead."""
-    found = os.stat(path)
+    found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
         raise ValueError(f"is {what}")

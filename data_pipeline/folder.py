@@ -32,8 +32,11 @@ _SYSTEMS = frozenset(
     ("@eadir", "__macosx", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db")
 )
 _OTHER_PICTURES = frozenset(
-    ".heic .heif .jxl .psd .tga .ico .icns .svg .pcx .eps .dng .cr2 .cr3 .nef .arw .raw .exr .hdr .dib .qoi .dds "
-    ".pfm .sgi .xbm .xpm .wmf .emf .dcm .fits".split()
+    (
+        *(".heic", ".heif", ".jxl", ".psd", ".tga", ".ico", ".icns", ".svg", ".pcx", ".eps", ".dng", ".cr2"),
+        *(".cr3", ".nef", ".arw", ".raw", ".exr", ".hdr", ".dib", ".qoi", ".dds", ".pfm", ".sgi", ".xbm"),
+        *(".xpm", ".wmf", ".emf", ".dcm", ".fits"),
+    )
 )
 _TABLES = frozenset((".csv", ".tsv", ".jsonl", ".parquet"))
 _LONGEST = 12  # signs of an ending that is named
@@ -178,8 +181,10 @@ def _entries(
 class Walk:
     """Goes through a folder and enters what it doesn't take."""
 
-    def __init__(self, source: Path, books: Books, avoid: Collection[Path] = ()):
+    def __init__(self, source: Path, books: Books, avoid: Collection[Path] = (), used: Path | None = None):
+        """`used`: a file that is entered as taken; folders to `avoid` aren't entered at all."""
         self.source, self.books = str(source), books
+        self._used = used and os.path.join(source, used.name)
         self._avoid = {os.path.realpath(path) for path in avoid}
 
     def top(self) -> tuple[Files, list[str]]:
@@ -254,6 +259,8 @@ class Walk:
         ending = os.path.splitext(one.name)[1].lower()
         if _hides(one.name):
             self._leave(_HIDDEN, one.path)
+        elif one.path == self._used:
+            self.books.take()
         elif ending not in ENDINGS and ending not in CAPTION_ENDINGS:
             self._leave_ending(one.path)
         elif not stat.S_ISREG(status.st_mode):
@@ -274,7 +281,7 @@ class Walk:
     def _leave_ending(self, path: str) -> None:
         name = os.path.basename(path)
         ending = os.path.splitext(name)[1].lower()
-        if name in HUB_TABLES:
+        if name in HUB_TABLES and os.path.dirname(path) != self.source:
             reason = "a table of texts that lies in a sub-folder; pack that folder by itself"
         elif not ending:
             reason = "no ending"

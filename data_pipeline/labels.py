@@ -1,4 +1,4 @@
-"""From what a source calls its classes to label numbers: numbers stay as they are, names are numbered in order."""
+"""From what a source calls its classes to label numbers: numbers stay, names are numbered in order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def numbers_of(
     unknown = [name for name in names if name not in number_of]
     if unknown:
         raise DataError(
-            f"{source}: class folders {listed(unknown)} aren't in the list of classes; it has {listed(classes)}"
+            f"{said(source)}: class folders {listed(unknown)} aren't in the list of classes; "
+            f"it has {listed(classes)}"
         )
     return [number_of[name] for name in names], tuple(classes)
 
@@ -56,7 +57,9 @@ def labels(cells: Sequence[object], source: Path, classes: Sequence[str], as_nam
         found = [None if one == UNKNOWN else one for one in found]
     known = {one for one in found if one is not None}
     if not known and not wrong:
-        raise DataError(f"{source}: row 1: its label is empty, and so is every other; leave the column out")
+        raise DataError(
+            f"{said(source)}: row 1: its label is empty, and so is every other; leave the column out"
+        )
     strange = [one for one in known if str(one) not in set(classes)]
     if classes and not strange:
         return _named(found, tuple(classes), wrong)
@@ -64,16 +67,16 @@ def labels(cells: Sequence[object], source: Path, classes: Sequence[str], as_nam
         return _numbered(found, tuple(classes), wrong)
     if classes:
         raise DataError(
-            f"{source}: labels {listed(sorted(map(str, strange)))} aren't in the list of classes; "
+            f"{said(source)}: labels {listed(sorted(map(str, strange)))} aren't in the list of classes; "
             f"it has {listed(classes)}"
         )
     if not as_names and any(isinstance(one, int) for one in known):
         number = next(row for row, one in enumerate(found) if isinstance(one, int))
         name = next(row for row, one in enumerate(found) if isinstance(one, str))
         raise DataError(
-            f"{source}: row {number + 1} has the number {found[number]} for a label, row {name + 1} the name "
-            f"{said(str(found[name]))!r}; numbers stay as they are and names are numbered, so a column has "
-            f"to hold one of both; {_AS_NAMES}"
+            f"{said(source)}: row {number + 1} has the number {found[number]} for a label, row {name + 1} "
+            f"the name {said(str(found[name]))!r}; numbers stay as they are and names are numbered, so a "
+            f"column has to hold one of both; {_AS_NAMES}"
         )
     return _named(found, _ordered(known), wrong)
 
@@ -133,8 +136,8 @@ def _by_name(classes: Sequence[str]) -> Mapping[str, int]:
     for number, name in enumerate(classes):
         if name in numbers:
             raise DataError(
-                f"the list of classes has {said(name)!r} twice, as {numbers[name]} and {number}; a class that "
-                "is looked up by its name needs one of its own"
+                f"the list of classes has {said(name)!r} twice, as {numbers[name]} and {number}; a class "
+                "that is looked up by its name needs one of its own"
             )
         numbers[name] = number
     return numbers

@@ -172,7 +172,9 @@ class Manifest:
             "about": dict(self.about),
             "shards": [shard.as_dict() for shard in self.shards],
         }
-        write_whole(self.path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        # What isn't UTF-8 in a path or field is half a surrogate pair here, which JSON can spell as \udcXX
+        write_whole(self.path, text.encode("utf-8", "backslashreplace"))
 
 
 def index_name(sha256: str) -> str:

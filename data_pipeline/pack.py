@@ -13,7 +13,7 @@ import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from configs.errors import DataError
@@ -33,6 +33,7 @@ from data_pipeline.sources import offered
 
 _WORDS = frozenset(("txt", "json"))
 _SAID = 1000  # things that can't be packed and are named one by one
+_SAID_OF_ALL = 10  # where it is all of them: they will have one reason
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,14 @@ def pack(
     `source` is a folder (its sub-folders are the classes; without any, no labels) or a CSV, TSV, JSONL or
     parquet table with a path column and optional label and caption columns; paths are relative to the table.
     `shuffle_seed` mixes the order, so that a shard isn't one class; None keeps it. `check` decodes every
-    picture, of at most `max_pixels`. `skip_broken` pictures may be left out because they can't be packed; with
-    `strict` nothing may be left out for any reason. What was, and how the source was understood, stands in the
-    manifest's `about`. Raises `DataError` that names all that can't be packed.
+    picture, of at most `max_pixels`. `skip_broken` pictures may be left out because they can't be packed;
+    with `strict` nothing may be left out for any reason. What was, and how the source was understood, stands
+    in the manifest's `about`. Raises `DataError` that names all that can't be packed.
     """
     found = offered(source, reading or SourceOptions(), required_free(out))
     if strict:
         _require_all(source, found)
+    rank = {entry.said: number for number, entry in enumerate(found.entries)}
     if shuffle_seed is not None:
         order = permutation(key(shuffle_seed, 21), len(found.entries)).tolist()
         found.entries = [found.entries[number] for number in order]
@@ -111,7 +113,7 @@ def pack(
             packed.append(result)
             if progress:
                 progress(sum(len(part.entries) for part in parts[: len(packed)]), len(found.entries))
-        broken = [one for result in packed for one in result.broken]
+        broken = sorted((one for result in packed for one in result.broken), key=lambda one: rank[one.place])
         _account(found, packed, broken)
         _require_few(source, found, broken, skip_broken)
         if strict:
@@ -125,7 +127,10 @@ def account(manifest: Manifest) -> list[str]:
     about = manifest.about
     lines = [str(note) for note in about.get("notes", ())]
     for name in _ACCOUNTS:
-        lines += Books.from_dict(about[name]).lines() if name in about else []
+        if name in about:
+            books = Books.from_dict(about[name])
+            lines.append(f"{books.offered} {books.what}, {books.taken} of them used")
+            lines += books.lines()
     return lines + [f"left out: {one['place']}: {one['reason']}" for one in about.get("broken", ())]
 
 
@@ -148,12 +153,13 @@ def _require_few(source: Path, found: Offered, broken: Sequence[Broken], most: i
     """Raises `DataError` that names everything broken, where that is more than `most`."""
     if len(broken) <= most and len(broken) < len(found.entries):
         return
-    lines = [f"{one.place}: {one.reason}" for one in broken[:_SAID]]
-    if len(broken) > _SAID:
-        lines.append(f"{said(source)}: and {len(broken) - _SAID} more")
+    shown = _SAID if len(broken) < len(found.entries) else _SAID_OF_ALL
+    lines = [f"{one.place}: {one.reason}" for one in broken[:shown]]
+    if len(broken) > shown:
+        lines.append(f"{said(source)}: and {len(broken) - shown} more")
     lines.append(
-        f"{said(source)}: {len(broken)} of {len(found.entries)} can't be packed; mend them or take them out and "
-        f"start again (what is packed is kept), or go on without them: --skip-broken {len(broken)}"
+        f"{said(source)}: {len(broken)} of {len(found.entries)} can't be packed; mend them or take them out "
+        f"and start again (what is packed is kept), or go on without them: --skip-broken {len(broken)}"
     )
     if len(broken) == len(found.entries):
         lines[-1] = (
@@ -223,7 +229,7 @@ def _fingerprint(part: _Part) -> str:
     """Of all that a shard's bytes depend on. Files by size and time: a mended one is packed anew."""
     digest = sha256(repr((FORMAT, part.first, part.check, part.max_pixels, part.captioned)).encode())
     for entry in part.entries:
-        told = (entry.name, str(entry.path), entry.fields, entry.cell, entry.stamp, entry.wrong)
+        told = (entry.name, str(entry.path.absolute()), entry.fields, entry.cell, entry.stamp, entry.wrong)
         digest.update(repr(told).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()
 
@@ -301,7 +307,7 @@ def _fields(part: _Part, entry: Entry, held: Mapping[int, bytes]) -> dict[str, b
             raise ValueError(
                 f"bad picture: {error}{more if str(part.max_pixels) in str(error) else ''}"
             ) from None
-    kind = kind_of(os.path.splitext(entry.name)[1], data)
+    kind = kind_of(PurePath(entry.name).suffix, data)
     if kind is None:
         raise ValueError(
             f"found {entry.name!r}; a picture ends in {', '.join(ENDINGS)}, or begins as one does"

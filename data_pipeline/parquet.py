@@ -12,7 +12,7 @@ from data_pipeline.table import Row, Table
 
 
 def read_parquet(source: Path) -> Table:
-    """The table, but for pictures' bytes: where rows hold those, their cells are the paths beside them, or None.
+    """The table but for pictures' bytes: where rows hold those, their cells are the paths beside them.
 
     Raises OSError, and ValueError that says why the table can't be read.
     """

@@ -108,7 +108,8 @@ def _columns(source: Path, table: Table, options: SourceOptions) -> _Columns:
             return _column(table.columns, known)
         if chosen not in table.columns:
             raise DataError(
-                f"{said(source)}: {option}: no column {said(chosen)!r}; its columns are {listed(table.columns)}"
+                f"{said(source)}: {option}: no column {said(chosen)!r}; "
+                f"its columns are {listed(table.columns)}"
             )
         return chosen
 
@@ -180,8 +181,8 @@ def _caption(cell: object) -> Captions:
     strange = [one for one in texts if not isinstance(one, str)]
     if strange:
         raise ValueError(
-            f"its caption is {said(repr(cell))[:60]}, of type {type(strange[0]).__name__}; a caption is a text, "
-            "a number or a list of texts"
+            f"its caption is {said(repr(cell))[:60]}, of type {type(strange[0]).__name__}; "
+            "a caption is a text, a number or a list of texts"
         )
     try:
         "".join(texts).encode()
@@ -243,11 +244,14 @@ def _named(
         stamp = stamped(path)
     except (OSError, ValueError) as error:
         wrong = wrong or _unfound(source, cell, error)
-    return Entry(cell, f"{place}: {said(path)}", path, fields, None, stamp, wrong)
+    shown = said(cell if "://" in cell else path)
+    return Entry(cell, f"{place}: {shown}", path, fields, None, stamp, wrong)
 
 
 def _unfound(source: Path, cell: str, error: OSError | ValueError) -> str:
     """What is wrong with a path, and what may be meant."""
+    if cell.startswith("file://"):
+        return "a URL; write the path without file://"
     if "://" in cell:
         return "a URL; pictures are packed from files: fetch them first, for instance by img2dataset"
     if not isinstance(error, FileNotFoundError | NotADirectoryError):

@@ -1,4 +1,4 @@
-"""What `keel data pack` can be given: a folder of pictures, a table, or a hub's folder with a table inside."""
+"""What `keel data pack` can be given: a folder of pictures, a table, or a hub's folder with a table in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_pipeline.rows import from_table, has_path_column
 def offered(source: Path, options: SourceOptions, avoid: Collection[Path] = ()) -> Offered:
     """All that `source` holds, but for what lies in `avoid`. Raises `DataError`, also where it is nothing."""
     try:
-        os.stat(source)
+        source.stat()
     except OSError as error:
         why = "no such folder or table" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
         raise DataError(f"{said(source)}: {why}") from None
@@ -30,7 +30,8 @@ def offered(source: Path, options: SourceOptions, avoid: Collection[Path] = ()) 
     if not found.entries:
         left = "".join(f"\n{said(source)}: {line}" for line in found.books.lines())
         raise DataError(
-            f"{said(source)}: no pictures found; known endings are {', '.join(ending[1:] for ending in ENDINGS)}{left}"
+            f"{said(source)}: no pictures found; known endings are "
+            f"{', '.join(ending[1:] for ending in ENDINGS)}{left}"
         )
     return found
 
@@ -40,7 +41,7 @@ def _hub(source: Path, table: Path, options: SourceOptions, avoid: Collection[Pa
     found = from_table(table, options)
     found.notes.insert(0, f"by the table {table.name} that lies in the folder")
     books = found.also["files"] = Books("files")
-    walk = Walk(source, books, avoid)
+    walk = Walk(source, books, avoid, used=table)
     files, folders = walk.top()
     for folder in folders:
         files.add(walk.below(folder) or Files())
