@@ -123,6 +123,8 @@ def _place(out: Path) -> tuple[Path, bool]:
     place = Path(os.path.realpath(out))
     if (place / NAME).exists():
         raise DataError(f"{said(out)}: already holds a data set; remove it or name another folder")
+    if place.is_symlink():
+        raise DataError(f"{said(out)}: is a link that leads nowhere but in circles; name another folder")
     if not place.exists():
         return place, False
     if not place.is_dir():

@@ -197,7 +197,13 @@ class Walk:
         return self._level(self.source)
 
     def below(self, folder: str) -> Files | None:
-        """All files below `folder`, behind links too, each folder once; None where it leads back up."""
+        """All files below `folder`, behind links too, each folder once; None where it is none of its own.
+
+        That is a link that leads back up, and a data set.
+        """
+        if {NAME, "index"} <= set(_names(folder)):
+            self._leave_all(_SETS, folder)
+            return None
         found, waiting, links, seen = Files(), [folder], list[str](), self._above()
         while waiting or links:
             path = waiting.pop() if waiting else links.pop(0)
@@ -294,6 +300,13 @@ class Walk:
         else:
             reason = f"ending {said(ending)}"
         self._leave(reason, path)
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []  # it will be said when it is gone through
 
 
 def _hides(name: str) -> bool:
