@@ -84,15 +84,9 @@ def pack(
     from data_pipeline.entries import SourceOptions
     from launch.progress import progress_bar
 
-    reading = SourceOptions(
-        path_column=path_column,
-        caption_column=caption_column,
-        label_column=label_column,
-        classes=read_classes(classes) if classes else (),
-        labels_as_names=labels_as_names,
-        class_folders=class_folders,
-        sidecars=sidecars,
-    )
+    names = read_classes(classes) if classes else ()
+    columns = (path_column, caption_column, label_column)
+    reading = SourceOptions(*columns, names, labels_as_names, class_folders, sidecars)
     with progress_bar("pack") as progress:
         manifest = packing.pack(
             source,

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from configs.errors import DataError
 from data_pipeline.manifest import Manifest
@@ -258,6 +259,7 @@ def test_pictures_of_more_pixels_on_request(folder: Path, tmp_path: Path) -> Non
     ):
         pack(folder, tmp_path / "out", max_pixels=23)
     assert pack(folder, tmp_path / "out", max_pixels=24).samples == 4
+    assert Image.MAX_IMAGE_PIXELS is None, "Pillow refuses what is larger, whatever is asked for"
 
 
 def test_a_killed_packing_goes_on_and_two_at_once_are_refused(tmp_path: Path) -> None:
