@@ -177,8 +177,9 @@ def _caption(cell: object) -> Captions:
         return None
     if isinstance(cell, int | float) and not isinstance(cell, bool):
         return str(cell)
-    texts = cell if isinstance(cell, list) else [cell]
-    strange = [one for one in texts if not isinstance(one, str)]
+    found: list[object] = cell if isinstance(cell, list) else [cell]
+    texts = [one for one in found if isinstance(one, str)]
+    strange = [one for one in found if not isinstance(one, str)]
     if strange:
         raise ValueError(
             f"its caption is {said(repr(cell))[:60]}, of type {type(strange[0]).__name__}; "

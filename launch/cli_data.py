@@ -84,8 +84,7 @@ def pack(
     from data_pipeline.entries import SourceOptions
     from launch.progress import progress_bar
 
-    names = read_classes(classes) if classes else ()
-    columns = (path_column, caption_column, label_column)
+    columns, names = (path_column, caption_column, label_column), read_classes(classes) if classes else ()
     reading = SourceOptions(*columns, names, labels_as_names, class_folders, sidecars)
     with progress_bar("pack") as progress:
         manifest = packing.pack(
@@ -102,7 +101,7 @@ def pack(
             progress=progress,
         )
     for line in packing.account(manifest):
-        typer.echo(line)
+        typer.echo(f"note: {line}", err=True)
     typer.echo(_line(manifest))
 
 
