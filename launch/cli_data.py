@@ -81,21 +81,21 @@ def pack(
     """Pack images into shards and a manifest; an interrupted packing goes on where it stopped."""
     from data_pipeline import pack as packing
     from data_pipeline.classes import read_classes
+    from data_pipeline.decode import MAX_PIXELS
     from data_pipeline.entries import SourceOptions
     from launch.progress import progress_bar
 
     columns, names = (path_column, caption_column, label_column), read_classes(classes) if classes else ()
-    reading = SourceOptions(*columns, names, labels_as_names, class_folders, sidecars)
     with progress_bar("pack") as progress:
         manifest = packing.pack(
             source,
             out,
-            reading=reading,
+            reading=SourceOptions(*columns, names, labels_as_names, class_folders, sidecars),
             per_shard=per_shard,
             processes=processes,
             shuffle_seed=None if keep_order else seed,
             check=not no_check,
-            max_pixels=max_pixels or packing.MAX_PIXELS,
+            max_pixels=max_pixels or MAX_PIXELS,
             skip_broken=skip_broken,
             strict=strict,
             progress=progress,
