@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from configs.errors import RunError
 from data_pipeline.tokenize import open_tokenizer
 from pretrain import encoders, export_card
-from pretrain.encoders import torchvision_compat
 from pretrain.encoders.text import TextTower
 from pretrain.export import (
     TOLERANCE,
     ExportMismatchError,
     ExportResult,
     folder_for,
+    require_importable,
     save_weights,
     writing_to,
 )
@@ -60,6 +60,7 @@ def export(
     run: Path, to: Path, *, step: int | None = None, force: bool = False, licence: str = "other"
 ) -> ExportResult:
     """Export both towers of a run's newest checkpoint, or that at `step`. Raises as `pretrain.export`."""
+    require_importable()
     trained = read(run, step)
     objective = read_objective(trained)
     if not isinstance(getattr(objective, "text", None), TextTower):
@@ -222,7 +223,6 @@ def _verify(pair: Pair, trained: Trained, folder: Path) -> float:
         Path(scratch, "captions.json").write_text(json.dumps(CAPTIONS))
         script = Path(__file__).with_name("export_reopen_open_clip.py")
         command = [sys.executable, "-P", str(script), str(folder.absolute()), scratch]
-        command += [str(torchvision_compat.__file__)]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
         if done.returncode:
             raise ExportMismatchError(f"a fresh process can't open the export:\n{done.stderr[-4000:]}")
