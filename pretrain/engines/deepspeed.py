@@ -323,16 +323,16 @@ class ZeroUpdate:
         fragments.write_working(parameter, whole)
 
     @torch.no_grad()
-    def clamp(self, parameter: nn.Parameter, highest: float) -> None:
-        """Bound a parameter from above, its fp32 master included; no communication."""
+    def clamp(self, parameter: nn.Parameter, highest: float, lowest: float | None = None) -> None:
+        """Bound a parameter, its fp32 master included; no communication."""
         name = self._names[parameter]
         for shard in self._shards:
             for piece in shard.pieces:
                 if piece.name == name:
                     part = fragments.read_slice(shard.master, piece.offset, piece.length)
-                    fragments.write_slice(shard.master, piece.offset, part.clamp(max=highest))
+                    fragments.write_slice(shard.master, piece.offset, part.clamp(lowest, highest))
         for working, _ in fragments.working_pairs(parameter, parameter):
-            working.clamp_(max=highest)
+            working.clamp_(lowest, highest)
 
 
 @contextmanager
