@@ -101,7 +101,8 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     over = [0, *range(2, x.ndim)]
     variance, mean = torch.var_mean(x, over, correction=0)
-    means, variances = gather(torch.stack([mean, variance])[None]).unbind(1)  # (R, C): as many samples on each
+    # (R, C) each; every rank has as many samples.
+    means, variances = gather(torch.stack([mean, variance])[None]).unbind(1)
     mean = means.mean(0)
     return mean, (variances + (means - mean).square()).mean(0)
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from configs.errors import ConfigError
 from configs.loading import Config
 
-
 Activation = Literal["gelu", "quick_gelu"]
 
 

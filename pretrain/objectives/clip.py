@@ -8,13 +8,12 @@ Radford et al. 2021, "Learning Transferable Visual Models From Natural Language 
     softmax : mean over pairs of  -log softmax_row(s i t')_nn - log softmax_column(s i t')_nn, halved
     sigmoid : mean over images of the sum over texts of log(1 + exp(-z (s i t' + b))), z = 1 for its own or -1
 
-s = exp(logit_scale) is learnt, between 1 and 100. A rank compares its n images with all N texts in tiles, so the
-N x N matrix is never held: memory is O(chunk x chunk), or O(n x N) with `chunk: null`. The sums over images,
-which each text needs, are then added up over ranks.
+s = exp(logit_scale) is learnt, between 1 and 100. A rank compares its n images with all N texts in tiles, so
+the N x N matrix is never held: memory is O(chunk x chunk), or O(n x N) with `chunk: null`. The sums over
+images, which each text needs, are then added up over ranks.
 
-Both towers start as open_clip draws them, where its VisionTransformer is what the encoder is: a plain ViT with
-a class token. Others (ResNets, attention pooling as SigLIP's) are timm's in open_clip too, and start as timm
-draws them.
+A plain ViT with a class token starts as open_clip's VisionTransformer, and so does the text tower. Other
+encoders (ResNets, attention pooling as SigLIP's) are timm's in open_clip too, and start as timm draws them.
 """
 
 from __future__ import annotations
@@ -85,8 +84,8 @@ class CLIPConfig(ObjectiveConfig):
         feature = encoders.width(context.encoder)
         if not self.projection and feature != self.width:
             raise ConfigError(
-                f"objective.width: found {self.width}, without a projection it must be the {feature} numbers of "
-                "the encoder's feature; set that, or objective.projection=true"
+                f"objective.width: found {self.width}, without a projection it must be the {feature} numbers "
+                "of the encoder's feature; set that, or objective.projection=true"
             )
         return CLIP(self, context)
 
