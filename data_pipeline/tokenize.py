@@ -47,8 +47,8 @@ class TokenizerConfig(Config):
     )  # what the file must have; or be made with
     start: str | None = START  # put before each text; null for none
     end: str = END  # put behind it; must have the highest id
-    # What is done to a caption first. clip: encodings mended, HTML entities resolved, runs of blanks made one,
-    # as CLIP and every tokenizer that open_clip opens; needs the extra open-clip. openai is always cleaned so.
+    # What is done to a caption first. clip: encodings mended, HTML entities resolved, runs of blanks made
+    # one, as CLIP and every tokenizer that open_clip opens; needs the extra open-clip. openai always is.
     cleaning: Literal["strip", "clip"] = "strip"
 
     def placed(self) -> TokenizerConfig:

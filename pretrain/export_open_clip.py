@@ -304,8 +304,8 @@ def _remarks(trained: Trained, theirs: Tensor | None) -> tuple[str, ...]:
         )
     if unlike := _unlike(_encoded(trained), _encoded(trained, cleaning="clip")):
         remarks.append(
-            "open_clip's tokenizer cleans captions (encodings, HTML entities, blanks), and this run took them "
-            f"as they were: {unlike[0]!r} and the like get other tokens than in training; a run with "
+            "open_clip's tokenizer cleans captions (encodings, HTML entities, blanks), and this run took "
+            f"them as they were: {unlike[0]!r} and the like get other tokens than in training; a run with "
             "data.tokenizer.cleaning=clip has the same ones"
         )
     return tuple(remarks)
