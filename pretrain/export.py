@@ -69,6 +69,7 @@ class ExportResult:
     architecture: str
     parameters: int
     max_difference: float  # of features and tokens, fresh process against the trained encoder
+    remarks: tuple[str, ...] = ()  # what is otherwise than the run had it, or couldn't be compared
 
 
 class ExportMismatchError(RuntimeError):
