@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import logging
 import math
@@ -207,14 +208,24 @@ def _hosts() -> set[str]:
     """Names under which a key of the server in use may lie."""
     import wandb
 
-    try:
-        # Its own word for it: the environment, then the file in which `wandb login --host` leaves it.
-        used, standard = wandb.Settings().base_url, wandb.Settings.model_fields["base_url"].default
-    except Exception:  # a settings file that can't be read
-        used = standard = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    standard = str(wandb.Settings.model_fields["base_url"].default)
+    used = os.environ.get("WANDB_BASE_URL") or _logged_in_at() or standard
     hosts = {urlsplit(used).netloc, urlsplit(used).hostname or ""}
     # The service has moved between versions of W&B's client; keys of before are still good.
     return hosts | {"api.wandb.ai"} if used == standard else hosts
+
+
+def _logged_in_at() -> str | None:
+    """The server that `wandb login --host` wrote into its settings: those of this folder, then the user's."""
+    config = os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb"
+    for folder in (Path(os.environ.get("WANDB_DIR") or ".") / "wandb", Path(config)):
+        said = configparser.ConfigParser(interpolation=None)
+        try:
+            said.read(folder / "settings")
+            return said["default"]["base_url"]
+        except (OSError, ValueError, KeyError, configparser.Error):
+            continue
+    return None
 
 
 def _in_netrc(host: str) -> bool:

@@ -186,6 +186,11 @@ def test_the_death_of_its_process_does_not_stop_training(
     ]
 
 
+def own(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What keel said of it; W&B's client keeps a log of its own."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("pretrain")]
+
+
 @contextmanager
 def answering(status: int | None) -> Iterator[str]:
     """A server's URL: it says `status` to everything; None: it takes connections and says nothing."""
@@ -239,8 +244,8 @@ def test_a_server_that_cant_be_had_does_not_stop_training(
     with server_like() as url:
         monkeypatch.setenv("WANDB_BASE_URL", url)
         attempt(tmp_path, 0, range(1, 4), end="done")
-    assert len(caplog.messages) == 1, "one line says it"
-    assert caplog.messages[0].startswith("W&B can't be had, tracking offline; `keel sync` sends it later: ")
+    [said] = own(caplog)
+    assert said.startswith("W&B can't be had, tracking offline; `keel sync` sends it later: ")
     finished(tmp_path)
     waiting = offline_folders(tmp_path)
     assert len(waiting) == 1
@@ -262,21 +267,33 @@ def test_a_client_that_cant_start_at_all_does_not_stop_training(
 
     monkeypatch.setattr(wandb, "init", broken)
     attempt(tmp_path, 0, range(1, 4), end="done", record=RECORD)
-    assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith("W&B can't be started; going on without it until the next start")
+    [said] = own(caplog)
+    assert said.startswith("W&B can't be started; going on without it until the next start: ")
 
 
-def test_names_of_folders_that_arent_text_are_sent_as_far_as_they_are(tmp_path: Path) -> None:
-    odd = tmp_path / os.fsdecode(b"gr\xf6\xdfe 100% = 'a\"b' \xe7\x8c\xab " + 180 * b"x")
+def test_a_folder_whose_name_isnt_text_does_not_stop_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """W&B's client takes paths as text only."""
+    odd = tmp_path / os.fsdecode(b"gr\xf6\xdfe")
+    odd.mkdir()
+    attempt(odd, 0, range(1, 4), end="done", record=RECORD)
+    [said] = own(caplog)
+    assert said.startswith("W&B can't be started; going on without it until the next start: ")
+
+
+def test_odd_and_long_names_are_sent_as_far_as_they_are_text(tmp_path: Path) -> None:
+    odd = tmp_path / ("größe 100% = 'a\"b' \N{CJK UNIFIED IDEOGRAPH-732B} " + 180 * "x")
     odd.mkdir()
     tracker = Wandb(
         odd, mode="auto", project="keel", name=odd.name, tags=[], group=odd.name, job_type="pretrain",
-        run_id="abcd1234", settings={"run": {"dir": str(odd)}}, already_sent=0, evaluations=list,
+        run_id="abcd1234", settings={"data": {"manifest": os.fsdecode(b"gr\xf6\xdfe")}},
+        already_sent=0, evaluations=list,
     )  # fmt: skip
     tracker.log({"step": 1, "loss": 1.0})
     tracker.finish("done")
     [run] = [record.run for record in finished(odd) if record.HasField("run")][:1]
-    assert run.display_name.startswith("gr??e 100% = 'a\"b' \N{CJK UNIFIED IDEOGRAPH-732B} xxx")
+    assert run.display_name.startswith("größe 100% = 'a\"b' \N{CJK UNIFIED IDEOGRAPH-732B} xxx")
     assert len(run.display_name) == len(run.run_group) == 128
 
 
