@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import ConfigError, UserError
+from configs.errors import ConfigError, RunError, UserError
 from configs.loading import load
 from configs.sweep import Member, SweepConfig, members
 from launch.cluster import ClusterConfig
@@ -76,6 +76,11 @@ def plan(sweep: SweepConfig) -> list[Planned]:
         sweep.dir / member.name for member in found if (sweep.dir / member.name / "config.yaml").is_file()
     ]
     runs = {run.path: run for run in look(there)}
+    if torn := [f"{run.path}: {run.note}" for run in runs.values() if run.state == "unreadable"]:
+        raise RunError(
+            "\n".join(torn)
+            + "\nrestore them from a copy, or remove these runs, before they are submitted anew"
+        )
     return [
         Planned(member, folder := sweep.dir / member.name, configs[member.name], runs.get(str(folder)))
         for member in found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,15 @@ def test_a_folder_holds_one_sweep_and_finished_members_are_compared_as_well(
     assert all(path.read_bytes() == data for path, data in before.items() if path.parent.name != "data")
 
 
+def test_a_finished_member_whose_state_is_torn_isnt_submitted_again(file: Callable[..., str]) -> None:
+    path = file(grid={"run.seed": [0, 1]})
+    finished(path)
+    torn = plan(load_sweep(path))[0].folder / "run.json"
+    torn.write_text(torn.read_text()[:20])
+    with pytest.raises(RunError, match=r"seed=0-\w+: run\.json: is torn, or no JSON\nrestore them"):
+        plan(load_sweep(path))
+
+
 def test_what_a_resumed_run_may_change_a_sweep_may_too(file: Callable[..., str], digits: Path) -> None:
     finished(file(grid={"run.seed": [0]}))
     overrides = {"data.manifest": str(digits), "train.duration": "4 steps", "data.workers": 0}
@@ -207,6 +217,22 @@ def test_one_run_under_two_names_is_refused(file: Callable[..., str]) -> None:
         plan(load_sweep(twice))
     with pytest.raises(ConfigError, match="are the same run; leave one of them out"):
         plan(load_sweep(file(grid={"run.seed": [0, "0"]})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"grid": {"optimizer.lr": 1e-3}}, "grid.optimizer.lr: found 0.001; input should be a valid list"),
+        ({"configs": []}, "configs: found []; a list should have at least 1 item"),
+        ({"early_stop": {"rule": "median", "rungs": 0.5}}, "early_stop.rungs: found 0.5; input should be a "
+         "valid list"),
+    ],
+)  # fmt: skip
+def test_messages_speak_of_what_yaml_has(
+    file: Callable[..., str], changes: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        load_sweep(file(**changes))
 
 
 @pytest.mark.parametrize("record", ["", "[]", '{"runs": [1]}', '{"runs": {"a": 1}}', "\0\0"])
@@ -302,7 +328,7 @@ def test_a_sweep_runs_here_and_its_members_give_themselves_up(
     for number in range(3):  # so many that both are stopped, whichever comes to the rung first
         (root / f"unbeatable-{number}").mkdir(parents=True)
         (root / f"unbeatable-{number}" / "early_stop.json").write_text(
-            '{"rungs": {"0.0005": {"value": 0.0}}}'
+            '{"rungs": {"0.0005": {"value": 0.0, "metric": "loss"}}}'
         )
     keel("sweep", path)
     runs = json.loads(keel("runs", str(root), "--json"))
