@@ -129,9 +129,11 @@ def values_of_others(run: Path, rung: float) -> list[float]:
 def worse(rule: EarlyStop, value: float, others: Sequence[float]) -> bool:
     """Whether a member with `value` at a rung is to stop there, given the others' values so far."""
     sign = 1.0 if lower_is_better(rule.metric) else -1.0
-    own, rest = sign * value, sorted(sign * other for other in others)
-    if math.isnan(own):
+    if math.isnan(value):
         return True
+    # A NaN has no place in an order: who has diverged is the worst of all.
+    own = sign * value
+    rest = sorted(math.inf if math.isnan(other) else sign * other for other in others)
     if rule.rule == "median":
         return len(rest) >= rule.least and own > statistics.median(rest)
     allowed = math.ceil((len(rest) + 1) / rule.reduction)  # of all that came so far, this one included

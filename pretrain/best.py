@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,5 +87,10 @@ class KeepBest:
         return value if self._better(value) else None
 
     def _better(self, value: float) -> bool:
+        """NaN is never better, and anything is better than it."""
+        if math.isnan(value):
+            return False
         pinned = checkpoint.pins(self.run_dir).get(self.reason)
-        return pinned is None or self.sign * value > self.sign * pinned["value"]
+        if pinned is None or not isinstance(pinned["value"], int | float) or math.isnan(pinned["value"]):
+            return True
+        return self.sign * value > self.sign * float(pinned["value"])

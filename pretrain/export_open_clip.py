@@ -29,15 +29,9 @@ from data_pipeline.tokenize import open_tokenizer
 from pretrain import encoders, export_card
 from pretrain.encoders import torchvision_compat
 from pretrain.encoders.text import TextTower
-from pretrain.export import (
-    TOLERANCE,
-    ExportMismatchError,
-    ExportResult,
-    folder_for,
-    save_weights,
-    writing_to,
-)
+from pretrain.export import ExportResult, folder_for, save_weights, writing_to
 from pretrain.export_card import Card, Story
+from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
 from pretrain.trained import Trained, read, read_objective
 
 CAPTIONS = ("a small red star at the top left", "Two dogs, one cat!", "it's  3.5 °C — naïve café", "a " * 200)
@@ -216,6 +210,7 @@ def _verify(pair: Pair, trained: Trained, folder: Path) -> float:
     tokens = torch.from_numpy(tokenizer.encode_all(CAPTIONS))
     with torch.no_grad():
         expected = {"images": pair.embed_images(images), "texts": pair.embed_texts(tokens)}
+    require_finite(expected)
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"images": images, "tokens": tokens}, inputs)
@@ -229,12 +224,7 @@ def _verify(pair: Pair, trained: Trained, folder: Path) -> float:
         got = load_file(outputs)
     if "tokens" in got and not torch.equal(_ended(got["tokens"]), _ended(tokens)):
         raise ExportMismatchError("open_clip's tokenizer cuts the same captions otherwise")
-    difference = max(float((got[name] - value).abs().max()) for name, value in expected.items())
-    if not difference < TOLERANCE:  # so that NaN fails too
-        raise ExportMismatchError(
-            f"embeddings differ by {difference:.2e}, allowed is less than {TOLERANCE:.0e}"
-        )
-    return difference
+    return largest_difference(expected, got)
 
 
 def _ended(tokens: Tensor) -> Tensor:

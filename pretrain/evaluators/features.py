@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.errors import RunError
+
 
 @dataclass(frozen=True)
 class Features:
@@ -25,6 +27,23 @@ class Features:
 
     def pick(self, index: Tensor) -> Features:
         return Features(self.values[index], self.labels[index])
+
+
+class NotFiniteError(RunError):
+    """What a model gives isn't finite: it can't be judged. Raised on every rank alike."""
+
+
+def require_finite(rows: Tensor, what: str) -> None:
+    """`rows`: (N, ...), the same on every rank. Raises `NotFiniteError`, which says how many are ill.
+
+    A NaN in a comparison or a list to sort isn't told apart from a good answer, so that it mustn't get there.
+    """
+    ill = int((~torch.isfinite(rows).flatten(1).all(dim=1)).sum())
+    if ill:
+        raise NotFiniteError(
+            f"{what}: {ill} of {len(rows)} aren't finite numbers: training has diverged; judge an earlier "
+            "checkpoint (--step), or train with a lower rate"
+        )
 
 
 def fixed_fifth(features: Features, seed: int = 0) -> tuple[Features, Features]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import captions_in_order
 from pretrain import collectives
+from pretrain.evaluators.features import require_finite
 from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
 from pretrain.evaluators.zero_shot import image_text, require_tokenizer
 from pretrain.types import Scores
@@ -94,9 +95,13 @@ class Retrieval:
             images += [objective.embed_images(b.views[0]) for b in subject.batches(path)]
             tokens = torch.from_numpy(tokenizer.encode_all([*texts, "none"])).to(subject.device)
             embedded = [objective.embed_texts(part) for part in torch.split(tokens, subject.batch_size)]
+        of_images = collectives.gather_uneven(torch.cat(images))
+        of_texts = collectives.gather_uneven(torch.cat(embedded)[: len(texts)])
+        require_finite(of_images, f"{path}: embeddings of images")
+        require_finite(of_texts, f"{path}: embeddings of captions")
         return Pairs(
-            collectives.gather_uneven(torch.cat(images)),
-            collectives.gather_uneven(torch.cat(embedded)[: len(texts)]),
+            of_images,
+            of_texts,
             collectives.gather_uneven(torch.tensor(owners, dtype=torch.int64, device=subject.device)),
         )
 

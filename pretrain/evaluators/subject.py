@@ -24,7 +24,7 @@ from data_pipeline.tokenize import Tokenizer
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
 from pretrain import collectives
-from pretrain.evaluators.features import Features, fixed_fifth
+from pretrain.evaluators.features import Features, fixed_fifth, require_finite
 from pretrain.types import Duration, Objective, Scores
 
 Advance = Callable[[int], None]
@@ -50,7 +50,10 @@ class Subject:
     _seen: dict[Path, Features] = field(default_factory=dict, repr=False, compare=False)
 
     def features(self, manifest: Path) -> Features:
-        """Frozen features of every sample of `manifest`. Collective: all ranks call it together."""
+        """Frozen features of every sample of `manifest`. Collective: all ranks call it together.
+
+        Raises `NotFiniteError`.
+        """
         if manifest not in self._seen:
             self._seen[manifest] = self._extract(manifest)
         return self._seen[manifest]
@@ -63,7 +66,9 @@ class Subject:
                 labels.append(torch.full_like(batch.index, -1) if batch.target is None else batch.target)
         own = torch.cat(values) if values else self._no_features()
         target = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=self.device)
-        return Features(collectives.gather_uneven(own), collectives.gather_uneven(target))
+        found = Features(collectives.gather_uneven(own), collectives.gather_uneven(target))
+        require_finite(found.values, f"{manifest}: the encoder's features")
+        return found
 
     def batches(self, manifest: Path) -> Iterator[Batch]:
         """The rank's own contiguous part of the set in its own order, normalised, on the device."""

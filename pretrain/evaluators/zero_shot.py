@@ -22,8 +22,11 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.tokenize import Tokenizer
 from data_pipeline.types import Batch
 from pretrain import collectives
+from pretrain.evaluators.features import NotFiniteError, require_finite
 from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject, mean_over_set
 from pretrain.types import Scores
+
+_ILL = "not finite"
 
 
 @runtime_checkable
@@ -155,7 +158,9 @@ def text_embeddings(subject: Subject, texts: Sequence[str], title: str) -> Tenso
         # A rank without a text still has to know the width: it embeds one and keeps none.
         tokens = torch.from_numpy(tokenizer.encode_all(own or texts[:1])).to(subject.device)
         parts = [objective.embed_texts(part) for part in torch.split(tokens, subject.batch_size)]
-    return collectives.gather_uneven(torch.cat(parts)[: len(own)])
+    found = collectives.gather_uneven(torch.cat(parts)[: len(own)])
+    require_finite(found, f"evaluate.{title}: embeddings of texts")
+    return found
 
 
 def require_tokenizer(subject: Subject, title: str) -> Tokenizer:
@@ -182,14 +187,20 @@ class ZeroShot:
                 raise DataError(
                     f"{path}: has label {int(batch.target.max())}, but only {len(names)} classes are named"
                 )
-            ranking = (objective.embed_images(batch.views[0]) @ classes.T).topk(min(5, len(names))).indices
+            embedded = objective.embed_images(batch.views[0])
+            ranking = (embedded @ classes.T).topk(min(5, len(names))).indices
             right = ranking == batch.target[:, None]
-            found = {"top1": 100.0 * right[:, 0].float().mean()}
+            found = {"top1": 100.0 * right[:, 0].float().mean(), _ILL: (~embedded.isfinite()).float().sum()}
             if len(names) > 5:
                 found["top5"] = 100.0 * right.any(dim=1).float().mean()
             return found
 
         values = mean_over_set(subject, path, judge)
+        if values.pop(_ILL):
+            raise NotFiniteError(
+                f"{path}: embeddings of images aren't finite numbers: training has diverged; judge an "
+                "earlier checkpoint (--step), or train with a lower rate"
+            )
         return Scores(title, values, {"classes": len(names), "templates": len(templates)})
 
     def class_embeddings(self, subject: Subject, names: Sequence[str], templates: Sequence[str]) -> Tensor:
