@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from configs.errors import ConfigError
 from pretrain import collectives
 from pretrain.evaluators.features import Features
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
+from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Labels, Subject
 from pretrain.types import Scores
 
 _LEAST = -80.0
@@ -30,6 +31,7 @@ class KNNConfig(EvaluatorConfig):
     """Weighted kNN: the neighbours' number and the temperature of their votes."""
 
     needs_labels: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
 
     kind: str = "knn"
     k: pydantic.PositiveInt = 20
@@ -37,6 +39,14 @@ class KNNConfig(EvaluatorConfig):
 
     def build(self) -> Evaluator:
         return KNN(self)
+
+    def _require_learnable(self, learn: Labels, judge: Labels) -> None:
+        super()._require_learnable(learn, judge)
+        if self.k > len(learn.numbers):
+            raise ConfigError(
+                f"evaluate.{self.title}.k: found {self.k}, but there are {len(learn.numbers)} labelled "
+                f"images to be neighbours; set k to {len(learn.numbers)} or less"
+            )
 
 
 @dataclass(frozen=True)
