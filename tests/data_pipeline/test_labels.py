@@ -68,7 +68,7 @@ def test_labels_are_those_of_the_tars_however_they_are_written(
         ([None, None, None, None], "0.tar: sample '0000' has no label"),
         (
             [b"1", b"cat", b"2", b"1"],
-            "0.tar: sample '0001': field cls: a label is a whole number, found 'cat'",
+            "'0001': field cls: a label is a whole number, found 'cat'",
         ),
     ],
 )

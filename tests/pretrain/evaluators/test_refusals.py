@@ -1,4 +1,4 @@
-"""What can't be judged is refused when the run is prepared, by its labels, and not at the first evaluation."""
+"""What can't be judged is refused when the run is prepared, by its labels, not at the first evaluation."""
 
 from __future__ import annotations
 
