@@ -278,8 +278,9 @@ def _listeners(
     if config.evaluate:
         view = evaluation_view(plan.views[0], config.encoder.crop)
         look = partial(
-            trained_subject, engine, view=view, pooling=config.encoder.pooling, tokenizer=plan.data.tokenizer
-        )
+            trained_subject, engine, view=view, pooling=config.encoder.pooling,
+            tokenizer=plan.data.tokenizer, workers=config.data.workers,
+        )  # fmt: skip
         record = folder.root / "evaluations.jsonl"
         listeners.append(
             Evaluate(
