@@ -108,7 +108,10 @@ def report(parts: Sequence[Part], console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
-    console.print(table([part.findings for part in parts]))
+    found = table([part.findings for part in parts])
+    # Whole also where a terminal, or what stands for one behind a pipe, is narrower: it may wrap, not lose.
+    natural = console.measure(found, options=console.options.update(max_width=1000)).maximum
+    console.print(found, width=max(natural, console.width), crop=False, no_wrap=True)
     for part in parts:
         if part.findings.reconstruction:
             errors = ", ".join(f"{name} {error:.3f}" for name, error in part.findings.reconstruction.items())

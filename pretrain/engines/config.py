@@ -27,8 +27,8 @@ def on_gpu(device: Device) -> bool:
 def require_devices(device: Device, ranks: int, gpu: bool | None = None) -> None:
     """Refuse ranks that wouldn't have a device of their own. Raises `ConfigError`.
 
-    `ranks`: of this machine; `gpu`: whether they will have GPUs where they run on other machines, whose number
-    is the cluster's to know; None where they run on this one.
+    `ranks`: of this machine; `gpu`: whether they will have GPUs where they run on other machines, whose
+    number is the cluster's to know; None where they run on this one.
     """
     if gpu is not None:
         if device == "cuda" and not gpu:

@@ -63,8 +63,8 @@ def require_known_deepspeed() -> None:
     if not _numbers(first) <= _numbers(found) < _numbers(beyond):
         raise RunError(
             f"deepspeed {found} is unknown to keel, whose checkpoints read its private names; install one "
-            f"from {first} on and below {beyond}, or run tests/pretrain/engines against this one and then change "
-            "pretrain.engines.fragments.KNOWN_DEEPSPEED"
+            f"from {first} on and below {beyond}, or run tests/pretrain/engines against this one and then "
+            "change pretrain.engines.fragments.KNOWN_DEEPSPEED"
         )
 
 
