@@ -201,7 +201,9 @@ def _model(patient: Patient) -> Iterator[Check]:
     yield Check(
         "model", "pass", f"{whole / 1e6:.2f} M parameters, {encoder / 1e6:.2f} M of them the encoder's"
     )
-    train.require_possible(objective, None if patient.cluster is None else patient.cluster.gpu)
+    gpu = None if patient.cluster is None else patient.cluster.gpu
+    patient.config.require_devices(patient.ranks, gpu)
+    train.require_possible(objective, gpu, patient.config.run.device)
     stages = [
         memory_estimate(lambda: plan.objective(patient.ranks), stage, patient.ranks) for stage in range(4)
     ]
