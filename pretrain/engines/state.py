@@ -193,7 +193,7 @@ def _fingerprint(tensor: Tensor) -> Tensor:
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     flat = flat.detach().reshape(-1)
     found = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for number, part in enumerate(flat.view(whole[flat.element_size()]).split(2**20)):
+    for number, part in enumerate(torch.split(flat.view(whole[flat.element_size()]), 2**20)):
         place = torch.arange(len(part), device=tensor.device) + number * 2**20
         found += (part.to(torch.int64) * (2 * place * 0x1E3779B97F4A7C15 + 1)).sum()
     return found

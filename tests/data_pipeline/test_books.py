@@ -25,7 +25,7 @@ def test_every_entry_is_counted_once(entries: list[tuple[str, str]], cut: int) -
         assert books.taken == sum(reason == "taken" for reason, _ in entries)
         for reason in ("ending", "link", "hidden"):
             count = sum(entry == reason for entry, _ in entries)
-            assert (books.left_out[reason].count if count else reason not in books.left_out)
+            assert books.left_out[reason].count if count else reason not in books.left_out
             assert not count or books.left_out[reason].count == count
     assert Books.from_dict(whole.as_dict()) == whole
 
@@ -47,5 +47,7 @@ def test_strictness_refuses_with_every_reason_and_passes_where_nothing_is_missin
     books.require_nothing_left_out("set")
     books.leave_out("sparse", "a")
     books.leave_out("hidden", "b")
-    with pytest.raises(DataError, match=r"set: 1 members left out: hidden.*\nset: 1 members left out: sparse"):
+    with pytest.raises(
+        DataError, match=r"set: 1 members left out: hidden.*\nset: 1 members left out: sparse"
+    ):
         books.require_nothing_left_out("set")
