@@ -106,13 +106,13 @@ def _image_tower(pair: Pair, trained: Trained) -> tuple[dict[str, Tensor], dict[
     # One switch for both towers; a tower of timm's is as timm has it.
     common = {"embed_dim": pair.text.text_projection.shape[1], "quick_gelu": _quick(pair)}
     if linear is not None and encoders.is_vit(pair.encoder) and pair.encoder.attn_pool is None:
+        weights, vision = _vit(pair.encoder)
         if _activation(pair.encoder) != pair.text.config.activation:
             raise RunError(
                 f"encoder: its activation is {_activation(pair.encoder)}, the text tower's "
                 f"{pair.text.config.activation}, and open_clip has one of gelu and quick_gelu for both "
                 "towers; export with --format timm"
             )
-        weights, vision = _vit(pair.encoder)
         return weights | {"visual.proj": linear.T}, {**common, "vision_cfg": {**vision, "image_size": size}}
     weights = {f"visual.trunk.{name}": value for name, value in pair.encoder.state_dict().items()}
     if linear is not None:
