@@ -196,7 +196,7 @@ def test_building_waits_for_nobody(manifest: Manifest, monkeypatch: pytest.Monke
     """A process that starts workers may be stuck in a dead file system: whoever waits does so in `next`."""
     monkeypatch.setattr("data_pipeline.pool._PROGRAM", "import time; time.sleep(3)")
     monkeypatch.setattr("data_pipeline.pool._PATIENCE", 0.2)
-    names = [f"shard-{number:06d}.tar" for number in range(15_000)]
+    names = [f"shard-{number:06d}.tar" for number in range(30_000)]
     shards = tuple(replace(manifest.shards[0], name=name) for name in names)
     big = Manifest(manifest.directory, shards, manifest.fields, manifest.classes)
     job = Job((big,), (ViewSpec((2, 2), CenterCrop()),), frozenset({"views"}))
