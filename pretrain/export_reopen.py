@@ -1,27 +1,23 @@
 """Run by path in a fresh process: opens an export as any user of timm would.
 
-    python -P export_reopen.py NAME INPUTS.safetensors OUTPUTS.safetensors SHIM.py
+    python -P export_reopen.py NAME INPUTS.safetensors OUTPUTS.safetensors
 
-NAME is timm's: local-dir:FOLDER or hf-hub:OWNER/NAME. Imports nothing of keel; SHIM.py, which is
-encoders/torchvision_compat.py, is executed by its path, because beside a CPU build of torch the plain
-torchvision can't be imported without it.
+NAME is timm's: local-dir:FOLDER or hf-hub:OWNER/NAME. Imports nothing of keel, and mends
+nothing: where this process can't import timm, its user can't.
 """
 
 from __future__ import annotations
 
-import runpy
 import sys
 
 KEEL = ("configs", "data_pipeline", "pretrain", "launch")
 
 
-def main(name: str, inputs: str, outputs: str, shim: str) -> None:
+def main(name: str, inputs: str, outputs: str) -> None:
     """Save {"features": (B, D), "tokens": forward_features} float32 for {"images": (B, 3, H, W)}."""
+    import timm
     import torch
     from safetensors.torch import load_file, save_file
-
-    runpy.run_path(shim)
-    import timm
 
     model = timm.create_model(name, pretrained=True).eval()
     images = load_file(inputs)["images"]

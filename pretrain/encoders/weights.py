@@ -42,7 +42,9 @@ LAYOUTS = (
     Layout("MoCo v1 or v2", "module.encoder_q.", ("fc.",)),
     Layout("MoCo v3", "module.base_encoder.", ("fc.", "head.")),
     Layout("open_clip with timm's tower", "visual.trunk."),
+    Layout("open_clip with timm's tower", "module.visual.trunk."),  # a training checkpoint of several GPUs
     Layout("CLIP", "visual."),
+    Layout("CLIP", "module.visual."),
     Layout("distributed", "module.", ("fc.", "head.")),
     Layout("MAE or plain", "", ("decoder_", "mask_token", "fc.", "head.")),
 )

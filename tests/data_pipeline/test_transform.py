@@ -134,7 +134,7 @@ def test_a_rule_costs_no_more_than_a_photograph(
     picture, view = photograph(*shape), ViewSpec(size, CenterCrop(fraction), flip=0)
     quick = center_view(picture, view, fraction)
     assert quick.shape == (1, 3, *size) and made[0][0] * made[0][1] < 33 * size[0] * size[1]
-    if max(shape) <= 3000:
+    if max(shape) <= 3000 and min(shape) > 2:
         monkeypatch.setattr("data_pipeline.transform._LONGEST", 1e9)
         whole = center_view(picture, view, fraction)
         assert made[1] != made[0] and (quick.int() - whole.int()).abs().float().mean() < 0.5
