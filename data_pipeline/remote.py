@@ -171,13 +171,14 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an error of aiohttp, gcsfs or botocore."""
+    """The HTTP status in an error of aiohttp (`status`), gcsfs (`code`) or botocore (`response`)."""
     response = getattr(error, "response", None)
-    inner = response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
-    for found in (getattr(error, "status", None), getattr(error, "code", None), inner):
-        if isinstance(found, int | str) and str(found).isdecimal() and 300 <= int(found) < 600:
-            return int(found)
-    return None
+    if isinstance(response, dict):
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        # aiohttp has a `code` as well, for bodies that break off, which no server has answered.
+        found = getattr(error, "code" if type(error).__module__.startswith("gcsfs") else "status", None)
+    return int(found) if str(found).isdecimal() and 300 <= int(str(found)) < 600 else None
 
 
 def _answered(status: int, error: BaseException) -> _Trouble:
