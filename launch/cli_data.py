@@ -99,29 +99,61 @@ def view(
 
 @app.command()
 def index(
-    shards: Annotated[list[str], typer.Argument(help="tars: paths, URLs, {000..123} braces, globs")],
+    shards: Annotated[list[str], typer.Argument(help="tars: paths, folders, URLs, {000..123} braces, globs")],
     out: Out,
     classes: Annotated[Path | None, typer.Option(help="text file, a class name a line")] = None,
+    picture_field: Annotated[
+        list[str] | None, typer.Option(help="field with the picture, as image.jpg; may come several times")
+    ] = None,
+    label_field: Annotated[
+        list[str] | None, typer.Option(help="field with the class number, as label.cls; likewise")
+    ] = None,
+    split_at: Annotated[
+        Literal["first", "last"],
+        typer.Option(help="dot of a member's name between key and field; webdataset: the first"),
+    ] = "first",
+    skip_broken: Annotated[int, typer.Option(min=0, help="bad shards that may be left out")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="nothing may be left out or look wrong; else no manifest")
+    ] = False,
     processes: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Make a manifest for webdataset tars where they lie; an interrupted indexing goes on."""
-    from configs.errors import DataError
     from data_pipeline import indexing
+    from data_pipeline.account import Account
+    from data_pipeline.classes import read_classes
     from launch.progress import progress_bar
 
-    try:
-        names = classes.read_text().splitlines() if classes else []
-    except OSError as error:
-        raise DataError(f"{classes}: can't be read: {error.strerror}") from None
+    names = read_classes(classes) if classes else ()
+    fields = indexing.Fields(_lower(picture_field), _lower(label_field), split_at)
     with progress_bar("index") as progress:
-        manifest = indexing.index(shards, out, classes=names, processes=processes, progress=progress)
+        manifest = indexing.index(
+            shards,
+            out,
+            classes=names,
+            fields=fields,
+            processes=processes,
+            skip_broken=skip_broken,
+            strict=strict,
+            progress=progress,
+        )
+    for line in Account.from_dict(manifest.about["indexed"]).lines(manifest.fields):
+        typer.echo(f"note: {line}", err=True)
     typer.echo(_line(manifest))
+
+
+def _lower(names: list[str] | None) -> tuple[str, ...]:
+    """Fields as they stand in an index: without the dot before them, in lower case, like webdataset's."""
+    return tuple(name.removeprefix(".").lower() for name in names or ())
 
 
 @app.command()
 def verify(
     data: Set,
     fast: Annotated[bool, typer.Option("--fast", help="checksums only: don't decode the pictures")] = False,
+    shared_keys: Annotated[
+        bool, typer.Option("--shared-keys", help="shards may have keys in common, as merged downloads have")
+    ] = False,
     processes: Annotated[int, typer.Option(min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="the report as JSON on standard output")] = False,
 ) -> None:
@@ -131,12 +163,22 @@ def verify(
     from launch.progress import progress_bar
 
     with progress_bar("verify") as progress:
-        report = check(Manifest.load(data), pictures=not fast, processes=processes, progress=progress)
+        report = check(
+            Manifest.load(data),
+            pictures=not fast,
+            shared_keys=shared_keys,
+            processes=processes,
+            progress=progress,
+        )
     if as_json:
         typer.echo(report.to_json())
     else:
         for finding in report.findings[:100]:
             typer.echo(str(finding))
+        if len(report.findings) > 100:
+            typer.echo(f"... and {len(report.findings) - 100} more; --json lists them")
+        for line in report.members.lines():
+            typer.echo(f"note: {line}")
         wrong = len(report.findings) + report.more
         verdict = f"{wrong} things are wrong" if wrong else "all is well"
         typer.echo(f"{data}: {report.samples} samples in {report.shards} shards: {verdict}")
