@@ -277,9 +277,7 @@ def _listeners(
     hearers: list[Callable[[Progress, Scores], None]] = [track.evaluated]
     if config.evaluate:
         view = evaluation_view(plan.views[0], config.encoder.crop)
-        look = partial(
-            trained_subject, engine, view=view, pooling=config.encoder.pooling, tokenizer=plan.data.tokenizer
-        )
+        look = partial(trained_subject, engine, view=view, tokenizer=plan.data.tokenizer)
         record = folder.root / "evaluations.jsonl"
         listeners.append(
             Evaluate(

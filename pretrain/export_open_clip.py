@@ -98,6 +98,10 @@ def _image_tower(pair: Pair, trained: Trained) -> tuple[dict[str, Tensor], dict[
     """Weights under open_clip's names, and `model_cfg` without the text."""
     config, size = trained.config.encoder, list(trained.image_size)
     embedding = pair.image_projection.out_features
+    if trained.view.grey:
+        raise RunError(
+            "encoder.args.in_chans: found 1; open_clip's towers take RGB; export with --format timm"
+        )
     if encoders.is_vit(pair.encoder):
         weights, vision = _vit(pair.encoder)
         weights["visual.proj"] = pair.image_projection.weight.detach().T
@@ -125,7 +129,8 @@ def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     width, depth = encoder.embed_dim, len(encoder.blocks)
     if encoder.num_prefix_tokens != 1 or not isinstance(encoder.fc_norm, nn.Identity):
         raise RunError(
-            "encoder: open_clip's image tower has one class token and pools by it; export with --format timm"
+            "encoder: open_clip's image tower has one class token, and pools by it or by the mean of the patches "
+            "behind the norm; export with --format timm"
         )
     positions = own["pos_embed"][0].clone()
     if "patch_embed.proj.bias" in own:
@@ -163,6 +168,8 @@ def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "no_ln_pre": isinstance(encoder.norm_pre, nn.Identity),
         "norm_kwargs": {"eps": encoder.norm.eps},
     }
+    if encoder.global_pool == "avg":
+        vision["pool_type"] = "avg"  # behind the norm, as keel's
     if "blocks.0.ls1.gamma" in own:
         vision["ls_init_value"] = 1e-5  # any number: it makes the layers, whose weights are then loaded
     return weights, vision

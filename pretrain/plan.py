@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def views(self) -> Sequence[ViewSpec]:
-        return self.config.objective.views(self.image_size)
+        return self.config.views(self.image_size)
 
     def start(self) -> Progress:
         return Progress(0, 0, self.total_steps, self.samples)
