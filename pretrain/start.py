@@ -38,7 +38,7 @@ def opened(config: EncoderConfig, image_size: tuple[int, int]) -> tuple[nn.Modul
         return None
     with torch.random.fork_rng(devices=[]):
         encoder = encoders.build(config, image_size)
-    return encoder, weights.load(encoder, config.weights)
+    return encoder, weights.load(encoder, config.weights, config.weights_size)
 
 
 def keep(folder: RunFolder, config: EncoderConfig, encoder: nn.Module, loaded: Loaded) -> dict[str, Any]:

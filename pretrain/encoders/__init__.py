@@ -183,20 +183,20 @@ def _looked(config: EncoderConfig, chosen: dict[str, Any], size: tuple[int, int]
         return found
     told = "use another size"
     if "img_size" not in config.args:
-        other = look.multiple(partial(_resized, config.name, _frozen(chosen)), config.channels, size)
+        dropped = found.dropped if isinstance(found, look.Look) else None
+        make = partial(_resized, config.name, _frozen(chosen))
+        other = look.multiple(make, config.channels, size, dropped)
         if other is not None:
             told = f"use a multiple of {other[0]}, such as {other[1][0]} x {other[1][1]}"
     if isinstance(found, str):
         raise ConfigError(f"data.image_size: {config.name} can't take {shown}: {found}; {told}")
     assert found.dropped is not None
     (height, width), (high, wide) = found.dropped.map, found.dropped.window
-    inside = (
-        f"whose inner map of {height} x {width} isn't whole pieces"
-        if (height, width) != size
-        else "aren't whole patches"
-    )
+    what = f"{shown} aren't whole patches"
+    if (height, width) != size:
+        what = f"of {shown} comes an inner map of {height} x {width}, which isn't whole pieces"
     raise ConfigError(
-        f"data.image_size: {shown} {inside} of {high} x {wide}, and {config.name} wouldn't see the rest; {told}"
+        f"data.image_size: {what} of {high} x {wide}, and {config.name} wouldn't see the rest; {told}"
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,13 +57,25 @@ def fits(make: Callable[[], nn.Module], channels: int, size: Size) -> bool:
         return False
 
 
-def multiple(make: Callable[[Size], nn.Module], channels: int, size: Size) -> tuple[int, Size] | None:
-    """The smallest number whose multiples fit, and the next larger size of such; None where none was found."""
-    for factor in (2, 4, 7, 8, 12, 14, 16, 20, 24, 28, 32, 48, 56, 64, 96, 112, 128, 192, 224, 256):
-        tried = [tuple(factor * (math.ceil(side / factor) + more) for side in size) for more in (0, 1)]
-        if all(fits(lambda s=each: make(s), channels, each) for each in tried):  # type: ignore[misc]
-            return factor, tried[0]  # type: ignore[return-value]
+def multiple(
+    make: Callable[[Size], nn.Module], channels: int, size: Size, dropped: Dropped | None
+) -> tuple[int, Size] | None:
+    """A number whose multiples fit, and the next larger size of such; None where none was found.
+
+    Guessed from what is `dropped` at `size`, else the smallest of those that strides and windows come to.
+    """
+    factors = [4, 7, 8, 14, 16, 28, 32, 56, 64, 112, 128, 224, 256]
+    if dropped is not None:
+        factors = [round(max(size) / max(dropped.map)) * dropped.window[0], *factors]
+    for factor in factors:
+        tried = [(_up(size[0], factor) + more, _up(size[1], factor) + more) for more in (0, factor)]
+        if all(fits(partial(make, each), channels, each) for each in tried):
+            return factor, tried[0]
     return None
+
+
+def _up(side: int, factor: int) -> int:
+    return factor * math.ceil(side / factor)
 
 
 def _look(make: Callable[[], nn.Module], channels: int, size: Size, device: str) -> Look:
