@@ -273,6 +273,20 @@ def width(encoder: nn.Module) -> int:
     return found
 
 
+def chances(encoder: nn.Module) -> str:
+    """What training drops of the encoder by chance, as "drop path (up to 0.1)"; empty where nothing."""
+    found: dict[str, float] = {}
+    for layer in encoder.modules():
+        kind = type(layer).__name__
+        word = "drop path" if kind == "DropPath" else "dropout" if "Drop" in kind else ""
+        rate = next(
+            (getattr(layer, name) for name in ("drop_prob", "p", "prob") if hasattr(layer, name)), 0.0
+        )
+        if word and isinstance(rate, float | int) and rate > 0:
+            found[word] = max(found.get(word, 0.0), float(rate))
+    return ", ".join(f"{word} (up to {rate:g})" for word, rate in found.items())
+
+
 def parameter_count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 

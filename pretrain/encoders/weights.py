@@ -104,6 +104,16 @@ def load(encoder: nn.Module, source: str, image_size: int | tuple[int, int] | No
     return loaded
 
 
+def carry_over(given: nn.Module, encoder: nn.Module, source: str) -> None:
+    """Put the weights of one encoder into another of the same architecture, made for images of another size.
+
+    Raises `RunError` where more than positions differs.
+    """
+    found, _, _ = positions.fitted(encoder, given.state_dict(), positions.grid_of(given), source)
+    _refuse_misfit(encoder.state_dict(), found, source)
+    encoder.load_state_dict(found, strict=True)
+
+
 def _refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     ill = [
         name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()

@@ -16,7 +16,7 @@ which each text needs, are then added up over ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import pydantic
@@ -70,6 +70,9 @@ class CLIPConfig(ObjectiveConfig):
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
         crop = RandomResizedCrop(scale=self.crop_scale)
         return [ViewSpec(image_size, crop, flip=self.flip, mean=self.mean, std=self.std)]
+
+    def compared(self, batch_size: int) -> Mapping[str, int]:
+        return {"train.batch_size": batch_size}
 
     def build(self, context: BuildContext) -> CLIP:
         """Raises `ConfigError` where batch norm and micro-batches, or tokenizer and tower, don't fit."""
