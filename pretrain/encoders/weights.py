@@ -291,7 +291,7 @@ def _converted_clip(encoder: nn.Module, visual: dict[str, Tensor]) -> dict[str, 
     return {name: value for name, value in converted.items() if not name.startswith("head.")}
 
 
-def _of_timm(encoder: nn.Module, source: str) -> tuple[dict[str, Tensor], Loaded]:
+def _of_timm(encoder: nn.Module, source: str) -> _Source:
     import timm
 
     path = Path(source).expanduser()
