@@ -40,11 +40,12 @@ def augmented(images: Tensor, seeds: Tensor, spec: ViewSpec, view: int = 0) -> T
         images = _unit(images)
         turns = uniform(seeds, Purpose.ROTATE + stride, 1)[:, 0]
         images = colour.rotate(images, (2 * turns - 1) * spec.rotation)
+    if spec.grayscale and spec.grayscale_first:
+        images = _grey(_unit(images), seeds, stride, spec.grayscale)
     if spec.jitter is not None:
         images = _jittered(_unit(images), uniform(seeds, Purpose.JITTER + stride, 9), spec.jitter)
-    if spec.grayscale:
-        chosen = uniform(seeds, Purpose.GRAYSCALE + stride, 1)[:, 0] < spec.grayscale
-        images = _where(chosen, _unit(images), lambda rows, _: colour.gray(rows).expand_as(rows), seeds)
+    if spec.grayscale and not spec.grayscale_first:
+        images = _grey(_unit(images), seeds, stride, spec.grayscale)
     if spec.blur is not None:
         images = _blurred(_unit(images), uniform(seeds, Purpose.BLUR + stride, 2), spec.blur)
     if spec.solarize is not None:
@@ -89,6 +90,11 @@ def _where(chosen: Tensor, images: Tensor, operation: _Operation, values: Tensor
             return images
         return images.index_copy(0, rows, operation(images[rows], values[rows]))
     return torch.where(chosen[:, None, None, None], operation(images, values), images)
+
+
+def _grey(images: Tensor, seeds: Tensor, stride: int, probability: float) -> Tensor:
+    chosen = uniform(seeds, Purpose.GRAYSCALE + stride, 1)[:, 0] < probability
+    return _where(chosen, images, lambda rows, _: colour.gray(rows).expand_as(rows), seeds)
 
 
 def _jittered(images: Tensor, numbers: Tensor, jitter: ColorJitter) -> Tensor:

@@ -47,6 +47,9 @@ class TokenizerConfig(Config):
     )  # what the file must have; or be made with
     start: str | None = START  # put before each text; null for none
     end: str = END  # put behind it; must have the highest id
+    # What is done to a caption first. clip: encodings mended, HTML entities resolved, runs of blanks made
+    # one, as CLIP and every tokenizer that open_clip opens; needs the extra open-clip. openai always is.
+    cleaning: Literal["strip", "clip"] = "strip"
 
     def placed(self) -> TokenizerConfig:
         """The same with an absolute path."""
@@ -81,8 +84,9 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the tokenizer's content."""
-        return hashlib.sha256(self._content).hexdigest()
+        """SHA-256 of the tokenizer's content, and of how it cleans where that isn't the plain way."""
+        cleaning = b"" if self.config.cleaning == "strip" else b"\0" + self.config.cleaning.encode()
+        return hashlib.sha256(self._content + cleaning).hexdigest()
 
     def encode(self, text: str) -> Int64s:
         """(context,) int64. Overlong text is cut, its end kept; special tokens in a text are mere text."""
@@ -104,10 +108,11 @@ class Tokenizer:
 
     def _opened(self) -> tokenizers.Tokenizer:
         if self.config.path == "openai":
-            self._clean: Callable[[str], str] = _openai_cleaner()
+            cleaned = _clip_cleaner("path: openai")
+            self._clean: Callable[[str], str] = lambda text: cleaned(text).lower()
             library = _openai(self._content)
         else:
-            self._clean = str.strip
+            self._clean = _clip_cleaner("cleaning: clip") if self.config.cleaning == "clip" else str.strip
             library = _from_json(self._content, self.config.path)
         library.no_truncation()
         library.no_padding()
@@ -228,16 +233,16 @@ def _openai(content: bytes) -> tokenizers.Tokenizer:
     return made
 
 
-def _openai_cleaner() -> Callable[[str], str]:
-    """As CLIP cleans captions: mended encodings, HTML entities (some are escaped twice), lower case."""
+def _clip_cleaner(setting: str) -> Callable[[str], str]:
+    """As CLIP and open_clip clean captions: encodings, HTML entities (some are escaped twice), blanks."""
     try:
         fix_text = importlib.import_module("ftfy").fix_text
     except ImportError:
         raise ConfigError(
-            "data.tokenizer.path: openai: needs the package ftfy; install keel's extra open-clip"
+            f"data.tokenizer.{setting}: needs the package ftfy; install keel's extra open-clip"
         ) from None
 
     def clean(text: str) -> str:
-        return " ".join(html.unescape(html.unescape(fix_text(text))).lower().split())
+        return " ".join(html.unescape(html.unescape(fix_text(text))).split())
 
     return clean

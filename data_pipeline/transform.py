@@ -1,7 +1,8 @@
 """The worker half of a view: crop, antialiased resize and flip, from decoded pixels to uint8.
 
 Every choice is drawn from the sample's own seed. The resize is Pillow's within 2 grey levels a pixel (it
-rounds its filter weights differently), which the tests check on pictures like photographs.
+rounds its filter weights differently; of nine million values of photographs one was 3 off), which the tests
+check on pictures like photographs.
 """
 
 from __future__ import annotations

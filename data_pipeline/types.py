@@ -74,7 +74,8 @@ class ViewSpec:
     """One view of an image, as an objective or evaluator asks for it.
 
     The worker half (crop, flip) gives uint8; the device half gives float32: rotation, colour jitter,
-    greyscale, blur, solarise, normalise, in this order. Both draw from the sample's own seed.
+    greyscale (before the jitter with `grayscale_first`), blur, solarise, normalise, in this order. Both draw
+    from the sample's own seed.
     """
 
     size: tuple[int, int]  # height, width in pixels
@@ -86,6 +87,7 @@ class ViewSpec:
     rotation: float = 0.0  # degrees, either way
     jitter: ColorJitter | None = None
     grayscale: float = 0.0  # probability
+    grayscale_first: bool = False
     blur: GaussianBlur | None = None
     solarize: Solarize | None = None
     grey: bool = False  # one channel, the luma of what the colour changes leave, as Pillow's "L"

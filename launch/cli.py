@@ -210,6 +210,8 @@ def export(
     typer.echo(f"{result.architecture}, {result.parameters / 1e6:.2f} M parameters")
     opened = "timm from a hub's cache" if form == ExportFormat.hf else form.value
     typer.echo(f"reopened by {opened} in a fresh process: largest difference {result.max_difference:.1e}")
+    for remark in result.remarks:
+        typer.echo(f"note: {remark}")
     typer.echo(form.call.format(result.folder))
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from launch import strict_json
+
 DEFAULT = "clusters/slurm"
 
 
@@ -23,8 +25,6 @@ def submit(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
 ) -> None:
     """Submit a run, or go on with one, as a job that requeues itself until the run is done."""
-    import json
-
     from configs.loading import load
     from launch import submit
     from launch.cluster import load_cluster
@@ -44,6 +44,6 @@ def submit(
         folder = prepare(settings, world_size=where.ranks, gpu=where.gpu, progress=progress)
     (job,) = submit.submit([folder.root], where)
     if as_json:
-        typer.echo(json.dumps({"job": job, "run": str(folder.root)}))
+        typer.echo(strict_json.dumps({"job": job, "run": str(folder.root)}))
     else:
         typer.echo(f"job {job}; run folder: {folder.root}")

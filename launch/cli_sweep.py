@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
+
+from launch import strict_json
 
 
 def sweep(
@@ -36,7 +37,7 @@ def sweep(
     planned = sweeps.plan(asked)
     due = sum(one.due for one in planned)
     if as_json:
-        typer.echo(json.dumps(sweeps.listing(planned)))
+        typer.echo(strict_json.dumps(sweeps.listing(planned)))
     elif dry_run:
         for one in planned:
             typer.echo(f"{one.member.name}  {one.state}" + ("  -> submit" if one.due else ""))

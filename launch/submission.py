@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from configs.errors import RunError
+from launch.run_shapes import submission
 from pretrain.folder import now, write_atomically
 
 FILE = "slurm.json"
@@ -27,11 +29,22 @@ class Submission:
 
     @classmethod
     def of(cls, root: Path) -> Self | None:
-        """That of the run in `root`, None where it was never submitted."""
+        """That of the run in `root`, None where it was never submitted. Raises `RunError` where torn."""
+        file = root / FILE
         try:
-            return cls(**json.loads((root / FILE).read_text()))
+            found = json.loads(file.read_text())
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file}: can't be read ({error}); restore it, or remove it") from error
+        names = {each.name for each in fields(cls)}
+        kept, wrong = submission(found) if isinstance(found, dict) else ({}, ["holds no JSON object"])
+        missing = {"job_id", "cluster"} - kept.keys()
+        if wrong or missing:
+            what = wrong[0] if wrong else f"it has no {min(missing)}"
+            raise RunError(f"{file}: can't be used ({what}); restore it, or remove it")
+        empty = {"submitted": "", "log_folder": "", "code": ""}
+        return cls(**(empty | {name: value for name, value in kept.items() if name in names}))
 
     def write(self, root: Path) -> None:
         write_atomically(root / FILE, json.dumps(asdict(self), indent=1))

@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.errors import ConfigError, UserError
+from configs.errors import ConfigError, RunError, UserError
 from configs.loading import load
 from configs.sweep import Member, SweepConfig, members
 from launch.cluster import ClusterConfig
 from launch.early_stop import SWEEP
 from launch.job import DONE, STOPPED
 from launch.registry import Run, look
+from launch.same_sweep import recorded, require_distinct, require_same
 from launch.submit import dry_run, submit
 from pretrain.config import RunConfig
 from pretrain.folder import write_atomically
@@ -52,7 +53,11 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
 
 
 def plan(sweep: SweepConfig) -> list[Planned]:
-    """Every member with its config and state. Raises `ConfigError` naming what is wrong in all of them."""
+    """Every member with its config and state.
+
+    Raises `ConfigError` naming what is wrong in all of them, and `RunError` where DIR holds members that
+    this sweep wouldn't make: of another sweep, or of this file as it was before.
+    """
     configs: dict[str, RunConfig] = {}
     wrong: dict[str, str] = {}  # what is wrong to the first member that has it
     found = members(sweep)
@@ -64,11 +69,18 @@ def plan(sweep: SweepConfig) -> list[Planned]:
                 wrong.setdefault(line, member.name)
     if wrong:
         raise ConfigError("\n".join(f"{line} (in {name})" for line, name in wrong.items()))
+    require_distinct(configs)
     _refuse_impossible_rule(sweep, list(configs.values()))
+    require_same(sweep, configs)
     there = [
         sweep.dir / member.name for member in found if (sweep.dir / member.name / "config.yaml").is_file()
     ]
     runs = {run.path: run for run in look(there)}
+    if torn := [f"{run.path}: {run.note}" for run in runs.values() if run.state == "unreadable"]:
+        raise RunError(
+            "\n".join(torn)
+            + "\nrestore them from a copy, or remove these runs, before they are submitted anew"
+        )
     return [
         Planned(member, folder := sweep.dir / member.name, configs[member.name], runs.get(str(folder)))
         for member in found
@@ -151,9 +163,9 @@ def script(sweep: SweepConfig, planned: Sequence[Planned], cluster: ClusterConfi
 
 
 def write_record(sweep: SweepConfig, planned: Sequence[Planned]) -> None:
-    """DIR/sweep.json: the sweep as submitted, with the overrides of each member."""
+    """DIR/sweep.json: the sweep as submitted, with the overrides of each member, earlier ones included."""
     own = {one.member.name: {"config": one.member.config, **one.member.overrides} for one in planned}
-    record = {**sweep.model_dump(mode="json"), "runs": own}
+    record = {**sweep.model_dump(mode="json"), "runs": {**recorded(sweep.dir), **own}}
     write_atomically(sweep.dir / SWEEP, json.dumps(record, indent=1) + "\n")
 
 

@@ -69,6 +69,7 @@ class ExportResult:
     architecture: str
     parameters: int
     max_difference: float  # of features and tokens, fresh process against the trained encoder
+    remarks: tuple[str, ...] = ()  # what is otherwise than the run had it, or couldn't be compared
 
 
 class ExportMismatchError(RuntimeError):
@@ -90,6 +91,7 @@ def export(
     Straight from the checkpoint, whatever ranks and ZeRO stage wrote it: needs no process group and no GPU.
     """
     _refuse_taken(to, force)
+    require_importable()
     trained = read(run, step, weights)
     story = Story(trained.facts(), trained.recipe(), trained.losses())
     backbone = Backbone(trained.encoder, trained.config.encoder, trained.view, story, licence)
@@ -111,6 +113,12 @@ def write(backbone: Backbone, to: Path, *, form: Format = "timm", force: bool = 
             export_card.write(_card(backbone, form, difference), backbone.story, partial)
     count = encoders.parameter_count(backbone.encoder)
     return ExportResult(to, backbone.config.name, count, difference)
+
+
+def require_importable() -> None:
+    """Raises `RunError` where a fresh process can't import timm here, for want of torchvision."""
+    if (problem := torchvision_compat.problem()) is not None:
+        raise RunError(problem)
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -217,9 +225,9 @@ def _reopened(folder: Path, images: Tensor, form: Format = "timm") -> dict[str, 
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"images": images}, inputs)
         name = f"local-dir:{folder.absolute()}" if form == "timm" else _in_a_cache(folder, Path(scratch))
-        script, shim = Path(__file__).with_name("export_reopen.py"), torchvision_compat.__file__
+        script = Path(__file__).with_name("export_reopen.py")
         # -P: neither the working directory nor the script's own folder may offer modules
-        command = [sys.executable, "-P", str(script), name, str(inputs), str(outputs), shim]
+        command = [sys.executable, "-P", str(script), name, str(inputs), str(outputs)]
         command += registered.opened_with(json.loads((folder / "config.json").read_text()))
         offline = {"HF_HUB_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(

@@ -1,16 +1,14 @@
 """Run by path in a fresh process: opens an export as any user of timm would.
 
-    python -P export_reopen.py NAME INPUTS.safetensors OUTPUTS.safetensors SHIM.py [MODULE...]
+    python -P export_reopen.py NAME INPUTS.safetensors OUTPUTS.safetensors [MODULE...]
 
-NAME is timm's: local-dir:FOLDER or hf-hub:OWNER/NAME. Imports nothing of keel; SHIM.py, which is
-encoders/torchvision_compat.py, is executed by its path, because beside a CPU build of torch the plain
-torchvision can't be imported without it. MODULES are those that register an architecture which isn't timm's.
+NAME is timm's: local-dir:FOLDER or hf-hub:OWNER/NAME. MODULES are those that register an architecture which isn't
+timm's own. Imports nothing of keel, and mends nothing: where this process can't import timm, its user can't.
 """
 
 from __future__ import annotations
 
 import importlib
-import runpy
 import sys
 from typing import Any
 
@@ -23,13 +21,11 @@ def tokens(model: Any, images: Any) -> Any:
     return found if hasattr(found, "contiguous") else images.new_zeros(0)
 
 
-def main(name: str, inputs: str, outputs: str, shim: str, *modules: str) -> None:
+def main(name: str, inputs: str, outputs: str, *modules: str) -> None:
     """Save {"features": (B, D), "tokens": forward_features} float32 for {"images": (B, channels, H, W)}."""
+    import timm
     import torch
     from safetensors.torch import load_file, save_file
-
-    runpy.run_path(shim)
-    import timm
 
     for module in modules:
         importlib.import_module(module)

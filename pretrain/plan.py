@@ -12,6 +12,7 @@ from data_pipeline.load import Loader, build_loader
 from data_pipeline.stream import StreamLoader
 from data_pipeline.types import ViewSpec
 from pretrain import encoders
+from pretrain.accumulation import require_called
 from pretrain.config import RunConfig
 from pretrain.types import BuildContext, Objective, Progress
 
@@ -90,4 +91,6 @@ class Plan:
             vocabulary=tokenizer.vocabulary if tokenizer else None,
             text_length=tokenizer.context if tokenizer else None,
         )
-        return config.objective.build(context)
+        objective = config.objective.build(context)
+        require_called(objective)
+        return objective

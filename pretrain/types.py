@@ -247,8 +247,8 @@ class Update(Protocol):
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set a whole parameter, its fp32 master included."""
 
-    def clamp(self, parameter: nn.Parameter, highest: float) -> None:
-        """Bound a parameter from above, its fp32 master included."""
+    def clamp(self, parameter: nn.Parameter, highest: float, lowest: float | None = None) -> None:
+        """Bound a parameter from above, and from below where asked, its fp32 master included."""
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,34 @@ def initialise_as_mae(modules: Iterable[nn.Module]) -> None:
             nn.init.zeros_(module.bias)
 
 
+def has_class_feature(encoder: VisionTransformer) -> bool:
+    """Whether the feature is the class token's, as of CLIP's own image towers."""
+    return encoder.cls_token is not None and encoder.global_pool == "token" and encoder.attn_pool is None
+
+
+def initialise_as_open_clip(encoder: VisionTransformer) -> None:
+    """Torch's own defaults, class token and positions of deviation width^-.5, in place.
+
+    As open_clip's `VisionTransformer` draws it (transformer.py), where timm draws all from deviation .02. A
+    bias of the patch projection, which open_clip has none of, starts at zero.
+    """
+    for module in encoder.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.reset_parameters()
+    scale = encoder.embed_dim**-0.5
+    for block in encoder.blocks:
+        attention = block.attn
+        nn.init.xavier_uniform_(attention.qkv.weight)  # of all three at once, as nn.MultiheadAttention
+        for bias in (attention.qkv.bias, attention.proj.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+    if encoder.patch_embed.proj.bias is not None:
+        nn.init.zeros_(encoder.patch_embed.proj.bias)
+    for table in (encoder.cls_token, encoder.pos_embed):
+        if table is not None:
+            nn.init.normal_(table, std=scale)
+
+
 def initialise_as_moco_v3(encoder: VisionTransformer) -> None:
     """Xavier-uniform as for separate query, key and value matrices (MoCo v3's vits.py), in place.
 

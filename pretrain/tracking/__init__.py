@@ -54,6 +54,20 @@ class TrackConfig(Config):
     def _off(cls, wandb: object) -> object:
         return "off" if wandb is False else wandb  # YAML reads a bare `off` as false
 
+    @pydantic.field_validator("project")
+    @classmethod
+    def _sendable(cls, project: str) -> str:
+        if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
+            raise ValueError("W&B's projects have 1 to 128 characters, and none of / \\ # ? % :")
+        return project
+
+    @pydantic.field_validator("tags")
+    @classmethod
+    def _short(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not 0 < len(tag) <= 64 for tag in tags):
+            raise ValueError("W&B's tags have 1 to 64 characters")
+        return tags
+
     @pydantic.field_validator("every")
     @classmethod
     def _countable(cls, every: Duration) -> Duration:
