@@ -69,7 +69,7 @@ def normalised(images: Tensor, spec: ViewSpec) -> Tensor:
 
 
 def denormalised(images: Tensor, spec: ViewSpec) -> Tensor:
-    """(..., 3, H, W) float32 in [0, 1] of normalised images, for looking at; grey ones three times the same."""
+    """(..., 3, H, W) float32 in [0, 1] of normalised images, for looking at; grey repeated."""
     mean, std = (torch.tensor(value, device=images.device)[:, None, None] for value in spec.statistics)
     plain = (images * std + mean).clamp(0, 1)
     return plain.expand(*plain.shape[:-3], 3, *plain.shape[-2:]) if spec.grey else plain

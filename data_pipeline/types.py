@@ -98,7 +98,7 @@ class ViewSpec:
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and deviation of each channel that it is normalised with; of luma, the colours' by their weights."""
+        """Mean and deviation of each channel; of luma, the colours' by their weights."""
         if not self.grey:
             return self.mean, self.std
         return tuple((sum(w * c for w, c in zip(LUMA, of, strict=True)),) for of in (self.mean, self.std))  # type: ignore[return-value]

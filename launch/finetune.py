@@ -94,7 +94,8 @@ def _config(
     view = evaluation_view(start.view(config.augmentation), start.encoder.crop)
     assert isinstance(view.crop, CenterCrop)
     pretrained = {
-        "tag": "keel", "custom_load": False, "input_size": [view.channels, *view.size], "num_classes": len(classes),
+        "tag": "keel", "custom_load": False, "input_size": [view.channels, *view.size],
+        "num_classes": len(classes),
         "interpolation": view.interpolation, "crop_pct": view.crop.fraction, "crop_mode": "center",
         "mean": list(view.statistics[0]), "std": list(view.statistics[1]), "label_names": list(classes),
         "first_conv": model.pretrained_cfg.get("first_conv"),

@@ -255,7 +255,8 @@ def _card(backbone: Backbone, form: Format, difference: float) -> Card:
     place = "local-dir:path/to/this/folder" if form == "timm" else "hf-hub:OWNER/NAME"
     note = (
         "`timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares images as the\n"
-        f"run's evaluations did (mean {view.statistics[0]}, std {view.statistics[1]}, {view.interpolation}).\n"
+        f"run's evaluations did (mean {view.statistics[0]}, std {view.statistics[1]}, "
+        f"{view.interpolation}).\n"
         f"Needs timm {LOWEST_TIMM} or later; add `num_classes=N` for a fresh classifier."
     )
     if view.grey:
@@ -278,7 +279,8 @@ def _card(backbone: Backbone, form: Format, difference: float) -> Card:
             "import timm\n"
             + "".join(f"import {name}  # registers the architecture\n" for name in imports)
             + f'model = timm.create_model("{place}", pretrained=True)  # without `pretrained`: random!\n'
-            f"features = model.eval()(images)  # (B, {view.channels}, {view.size[0]}, {view.size[1]}) -> (B, {width})"
+            f"features = model.eval()(images)  # (B, {view.channels}, {view.size[0]}, {view.size[1]}) -> "
+            f"(B, {width})"
         ),
         note=note,
         difference=difference,

@@ -171,7 +171,8 @@ def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     width, depth = encoder.embed_dim, len(encoder.blocks)
     if encoder.num_prefix_tokens != 1 or not isinstance(encoder.fc_norm, nn.Identity):
         raise RunError(
-            "encoder: open_clip's image tower has one class token, and pools by it or by the mean of the patches "
+            "encoder: open_clip's image tower has one class token, and pools by it or by the mean of the "
+            "patches "
             "behind the norm; export with --format timm"
         )
     positions = own["pos_embed"][0].clone()

@@ -2,8 +2,9 @@
 
     python -P export_reopen.py NAME INPUTS.safetensors OUTPUTS.safetensors [MODULE...]
 
-NAME is timm's: local-dir:FOLDER or hf-hub:OWNER/NAME. MODULES are those that register an architecture which isn't
-timm's own. Imports nothing of keel, and mends nothing: where this process can't import timm, its user can't.
+NAME is timm's: local-dir:FOLDER or hf-hub:OWNER/NAME. MODULES are those that register an architecture which
+isn't timm's own. Imports nothing of keel, and mends nothing: where this process can't import timm, its user
+can't.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _facts(fork: Fork, path: Path, step: int) -> dict[str, Any]:
 
 
 def _rates(fork: Fork, path: Path, extra: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """The learning rate that the parent would have taken next, and the one that the fork takes; a jump is said."""
+    """The parent's next learning rate and the fork's first; a jump is said."""
     parent = loading.validate(extra["config"], RunConfig, path.name)
     steps = RunFolder(path.parent.parent).read_state().get("total_steps")
     if not isinstance(steps, int):
@@ -126,7 +126,8 @@ def _rates(fork: Fork, path: Path, extra: Mapping[str, Any], plan: Plan) -> dict
     now = schedule(Progress(step, 0, plan.total_steps, plan.samples)).lr
     if abs(now - was) > 0.01 * max(now, was):
         log.warning(
-            "the learning rate jumps at the branch from %.3g, which %s had reached, to %.3g: the fork's schedule is "
+            "the learning rate jumps at the branch from %.3g, which %s had reached, to %.3g: the fork's "
+            "schedule is "
             "that of %d steps at step %d, the parent's was that of %d steps at step %d",
             was, fork.parent, now, plan.total_steps, step, steps, extra["step"],
         )  # fmt: skip

@@ -53,8 +53,8 @@ class Plan:
         if (count := sum(compared.values())) > self.samples:
             settings = " + ".join(f"{name} ({number})" for name, number in compared.items())
             raise ConfigError(
-                f"{settings}: {count} samples are compared at a time, and the data have {self.samples}: an image "
-                "would be its own negative; use fewer, or more data"
+                f"{settings}: {count} samples are compared at a time, and the data have {self.samples}: an "
+                "image would be its own negative; use fewer, or more data"
             )
 
     def start(self) -> Progress:

@@ -42,7 +42,10 @@ def opened(config: EncoderConfig, image_size: tuple[int, int]) -> tuple[nn.Modul
 
 
 def require_reopenable(config: EncoderConfig) -> None:
-    """Refuse an architecture that nobody could open an export of, before it is trained. Raises `ConfigError`."""
+    """Refuse an architecture that nobody could open an export of, before it is trained.
+
+    Raises `ConfigError`.
+    """
     if (problem := registered.problem(config.name, config.imports)) is not None:
         raise ConfigError(f"encoder.name: {config.name} {problem}")
 
@@ -65,7 +68,8 @@ def begin(objective: Objective, folder: RunFolder, config: EncoderConfig) -> Non
     """
     if (drawn := encoders.chances(objective.encoder)) and collectives.rank() == 0:
         log.warning(
-            "%s: drawn by each rank from a generator of its own, not from the samples' seeds, so that losses on "
+            "%s: drawn by each rank from a generator of its own, not from the samples' seeds, so that "
+            "losses on "
             "other numbers of ranks, and after a resume, differ a little",
             drawn,
         )

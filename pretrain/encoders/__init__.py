@@ -1,6 +1,7 @@
 """The one door to timm for training: an encoder *is* a timm model, with timm's parameter names.
 
-It pools as it was told when it was made, so its output is the feature that training, evaluation and export share.
+It pools as it was told when it was made, so its output is the feature that training, evaluation and export
+share.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class EncoderConfig(Config):
 def build(config: EncoderConfig, image_size: tuple[int, int]) -> nn.Module:
     """A randomly initialised encoder without a classifier: (B, channels, H, W) float32 in, (B, D) out.
 
-    Raises `ConfigError` where timm refuses the arguments, or the architecture can't see such images whole or makes
-    something else of them than one vector.
+    Raises `ConfigError` where timm refuses the arguments, or the architecture can't see such images whole or
+    makes something else of them than one vector.
     """
     if config.args.get("in_chans", 3) not in (1, 3):
         raise ConfigError(
@@ -98,8 +99,8 @@ def arguments(config: EncoderConfig, image_size: tuple[int, int]) -> dict[str, A
         differing = [name for name, value in wanted.items() if chosen.get(name, value) != value]
         if differing or ("global_pool" in chosen) != ("fc_norm" in chosen):
             raise ConfigError(
-                f"encoder.pooling: avg is the mean of a ViT's patches behind its last norm, and encoder.args say "
-                f"{ {name: chosen[name] for name in wanted if name in chosen} }; leave out one of them"
+                f"encoder.pooling: avg is the mean of a ViT's patches behind its last norm, and "
+                f"encoder.args say { {name: chosen[name] for name in wanted if name in chosen} }; leave out one of them"
             )
         # fc_norm=False keeps the norm in front of the mean; timm alone would move it behind.
         chosen |= wanted
@@ -123,7 +124,8 @@ def _require_pooling(config: EncoderConfig, model: nn.Module) -> None:
         return
     raise ConfigError(
         f"encoder.pooling: avg is for plain ViTs and what pools by the mean anyway; {config.name} pools by "
-        f"{own_pooling(model) or 'a way of its own'}: leave it out, or see whether encoder.args.global_pool=avg works"
+        f"{own_pooling(model) or 'a way of its own'}: leave it out, or see whether "
+        f"encoder.args.global_pool=avg works"
     )
 
 
@@ -176,8 +178,8 @@ def _looked(config: EncoderConfig, chosen: dict[str, Any], size: tuple[int, int]
     shown = f"{size[0]} x {size[1]} pixels"
     if isinstance(found, look.Look) and found.given:
         raise ConfigError(
-            f"encoder.args: {config.name} with {chosen} makes {found.given} of a picture, not one feature vector; "
-            "leave out what asks for maps or tokens (features_only, global_pool: '')"
+            f"encoder.args: {config.name} with {chosen} makes {found.given} of a picture, not one feature "
+            "vector; leave out what asks for maps or tokens (features_only, global_pool: '')"
         )
     if isinstance(found, look.Look) and found.dropped is None:
         return found
@@ -254,8 +256,9 @@ def features(encoder: nn.Module, images: Tensor) -> Tensor:
 def _dies_in_channels_last(encoder: nn.Module) -> bool:
     """Whether torch's CPU convolutions (oneDNN) write beyond their memory in a backward pass in that order.
 
-    Seen of windows of 1 x 1 with a stride over 2 to 7 channels (torch 2.13; pytorch issue 136348): the process is
-    killed, or its memory is damaged. A stem that sees the picture's three channels so has such a layer.
+    Seen of windows of 1 x 1 with a stride over 2 to 7 channels (torch 2.13; pytorch issue 136348): the
+    process is killed, or its memory is damaged. A stem that sees the picture's three channels so has such a
+    layer.
     """
     return any(
         isinstance(layer, nn.Conv2d)

@@ -1,8 +1,8 @@
 """What an architecture makes of a picture, found out without computing anything: on the meta device.
 
-timm's attributes don't tell it alike for all architectures: `num_features` is the width of a feature here and that
-of the last convolution there, and which image sizes are seen whole follows from strides that differ from family to
-family. One forward pass of shapes tells both.
+timm's attributes don't tell it alike for all architectures: `num_features` is the width of a feature here
+and that of the last convolution there, and which image sizes are seen whole follows from strides that differ
+from family to family. One forward pass of shapes tells both.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def _words(given: Any) -> str:
 class _Windows(TorchDispatchMode):
     """Notes the first layer whose windows, which don't overlap, leave out the end of its input.
 
-    Where windows overlap, or are smaller than their stride (the shortcuts of a ResNet), another layer sees what
-    this one doesn't; patches and poolings of 2 x 2 are the only ones to see theirs.
+    Where windows overlap, or are smaller than their stride (the shortcuts of a ResNet), another layer sees
+    what this one doesn't; patches and poolings of 2 x 2 are the only ones to see theirs.
     """
 
     def __init__(self) -> None:

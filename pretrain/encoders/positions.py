@@ -1,7 +1,7 @@
 """Position embeddings of weights that were trained with images of another size or shape.
 
-A table of positions is (1, prefix + rows * columns, D): it doesn't say how many rows. Two grids of as many places
-(4 x 16, 8 x 8) have tables of one shape, so the grid must be known where it isn't square.
+A table of positions is (1, prefix + rows * columns, D): it doesn't say how many rows. Two grids of as many
+places (4 x 16, 8 x 8) have tables of one shape, so the grid must be known where it isn't square.
 """
 
 from __future__ import annotations
@@ -61,18 +61,19 @@ def fitted(
             return found, None, ""  # no square has as many places, and the encoder's own shape does
         if not square or (places == own[0] * own[1] and own[0] != own[1]):
             raise RunError(
-                f"encoder.weights: {source} has {places} positions, and a file doesn't say of how many rows and "
-                f"columns; this encoder has {own[0]} x {own[1]}: say the size of the images they were trained with "
-                "by encoder.weights_size=[height,width]"
+                f"encoder.weights: {source} has {places} positions, and a file doesn't say of how many rows "
+                f"and columns; this encoder has {own[0]} x {own[1]}: say the size of the images they were "
+                "trained with by encoder.weights_size=[height,width]"
             )
         grid = (side, side)
         note = (
-            f"{places} positions taken as a square of {side} x {side}, which a file doesn't say (if they aren't, set "
-            "encoder.weights_size)"
+            f"{places} positions taken as a square of {side} x {side}, which a file doesn't say (if they "
+            "aren't, set encoder.weights_size)"
         )
     if grid[0] * grid[1] != places:
         raise RunError(
-            f"encoder.weights: {source} has {places} positions beside {prefix} for tokens, which aren't the {grid[0]} x "
+            f"encoder.weights: {source} has {places} positions beside {prefix} for tokens, which aren't the "
+            f"{grid[0]} x "
             f"{grid[1]} of its images; set encoder.weights_size and encoder.args to what it was trained with"
         )
     if grid == own:

@@ -1,7 +1,8 @@
-"""Architectures that don't ship with timm: their modules are imported where the encoder is made, and where it is opened.
+"""Architectures that don't ship with timm: their modules are imported where the encoder is made, and where
+it is opened.
 
-A module that calls timm's `register_model` adds to timm's list when it is imported. A run that only happens to have
-imported it could train, but nobody could open what it exports.
+A module that calls timm's `register_model` adds to timm's list when it is imported. A run that only happens
+to have imported it could train, but nobody could open what it exports.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def require_known(name: str) -> None:
         return
     if ":" in name:
         raise ValueError(
-            "an architecture, not a place of weights: set encoder.name to what config.json calls architecture, and "
+            "an architecture, not a place of weights: set encoder.name to what config.json calls "
+            "architecture, and "
             "encoder.weights to the folder or name"
         )
     near = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -74,9 +76,11 @@ def problem(name: str, imports: Iterable[str] = ()) -> str | None:
         return None
     needed = origins(name, imports)
     if "__main__" in needed:
-        return "is registered by the program itself; put it into a module of its own and name that in encoder.imports"
+        return "is registered by the program itself; put it into a module of its own and name that in "
+        "encoder.imports"
     code = (
-        "import sys, importlib\nname, *modules = sys.argv[1:]\nfor module in modules: importlib.import_module(module)\n"
+        "import sys, importlib\nname, *modules = sys.argv[1:]\nfor module in modules: "
+        "importlib.import_module(module)\n"
         "import timm\nsys.exit(0 if timm.is_model(name) else f'importing {modules} registers no {name}')"
     )
     with tempfile.TemporaryDirectory() as elsewhere:
@@ -88,7 +92,8 @@ def problem(name: str, imports: Iterable[str] = ()) -> str | None:
         return None
     reason = (done.stderr.strip().splitlines() or ["it died"])[-1][:200]
     return (
-        f"a fresh process, as whoever opens the export has, can't make it by importing {', '.join(needed)}: {reason}; "
+        f"a fresh process, as whoever opens the export has, can't make it by importing {', '.join(needed)}: "
+        f"{reason}; "
         "install the module, or put its folder on PYTHONPATH, and name it in encoder.imports"
     )
 

@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E40
 
 
 def not_plain(encoder: nn.Module) -> str | None:
-    """What keeps an encoder from being a ViT whose patches are one layer's, each in a place of a fixed grid."""
+    """What keeps an encoder from being a ViT whose patches are one layer's, in a fixed grid."""
     if not isinstance(encoder, VisionTransformer):
         return f"a {type(encoder).__name__} is none"
     if type(encoder.patch_embed) is not PatchEmbed:
@@ -79,7 +79,8 @@ def fix_positions(encoder: VisionTransformer) -> None:
     """Replace the learnt positions by fixed sine-cosine ones, in place. Raises `ConfigError`."""
     if encoder.embed_dim % 4:
         raise ConfigError(
-            f"encoder.args.embed_dim: found {encoder.embed_dim}; fixed 2-D positions need a width divisible by 4"
+            f"encoder.args.embed_dim: found {encoder.embed_dim}; fixed 2-D positions need a width divisible "
+            f"by 4"
         )
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     grid, _ = grid_and_patch(encoder)

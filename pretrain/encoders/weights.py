@@ -11,9 +11,9 @@
       each also as several processes or a compiler save it, with module. or _orig_mod. in front of all names
 
 What isn't the encoder's (decoder, heads, text tower, queue) is left out by these lists, and said; anything
-else that is missing or left over is an error that names it. What tensors alone can't tell is compared where the
-source says it (activations, heads, norms, the grid of positions), and said where it doesn't. Checkpoints are read
-without executing code from them.
+else that is missing or left over is an error that names it. What tensors alone can't tell is compared where
+the source says it (activations, heads, norms, the grid of positions), and said where it doesn't. Checkpoints
+are read without executing code from them.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def load(encoder: nn.Module, source: str, image_size: int | tuple[int, int] | No
     """Put the weights of `source` into `encoder`, which has no classifier.
 
     Positions are resampled where the image size differs, as timm does; `image_size` is what they were trained
-    with, where a file can't tell it. Raises `RunError` naming what doesn't fit; the encoder is then unchanged.
+    with, where a file can't tell it. Raises `RunError` naming what doesn't fit; the encoder is then
+    unchanged.
     """
     path = Path(source).expanduser()
     given = _of_file(encoder, path) if path.is_file() else _of_timm(encoder, source)
@@ -120,8 +121,8 @@ def _refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
     ]
     if ill:
         raise RunError(
-            f"encoder.weights: {source}: {len(ill)} of its tensors hold NaN or infinity, such as {ill[0]}: that "
-            "network had diverged; take an earlier checkpoint"
+            f"encoder.weights: {source}: {len(ill)} of its tensors hold NaN or infinity, such as {ill[0]}: "
+            "that network had diverged; take an earlier checkpoint"
         )
 
 
@@ -137,7 +138,8 @@ def _refuse_unlike(encoder: nn.Module, given: _Source, source: str) -> None:
         here, there = _character(module), _character(other)
         if here != there:
             raise RunError(
-                f"encoder.weights: {source} is of another network than this encoder: {name or 'it'} is {there} there "
+                f"encoder.weights: {source} is of another network than this encoder: {name or 'it'} is "
+                f"{there} there "
                 f"and {here} here; set encoder.name and encoder.args to what the weights were trained as"
             )
 
@@ -220,20 +222,20 @@ def classifiers(encoder: nn.Module) -> tuple[str, ...]:
 
 
 def _activation(encoder: nn.Module, names: Iterable[str], path: Path) -> tuple[str, ...]:
-    """Refuses OpenAI's files where the encoder's activation isn't theirs; else says that a file can't tell it."""
+    """Refuses OpenAI's files for another activation than theirs; else says that a file can't tell."""
     kinds = {type(m).__name__ for m in encoder.modules() if "GELU" in type(m).__name__}
     quick = "QuickGELU" in kinds
     if set(names) >= _OPENAI:
         if not quick:
             raise RunError(
-                f"encoder.weights: {path} is of OpenAI's CLIP, whose activation is the quick GELU, and this encoder "
-                "has the exact one; use an encoder.name of timm's vit_*_clip_quickgelu_* family"
+                f"encoder.weights: {path} is of OpenAI's CLIP, whose activation is the quick GELU, and this "
+                "encoder has the exact one; use an encoder.name of timm's vit_*_clip_quickgelu_* family"
             )
         return ()
     here = "quick GELU" if quick else "exact GELU"
     return (
-        f"the file doesn't say its activation, and this encoder has the {here}: OpenAI's weights and open_clip's "
-        "-quickgelu ones are of the quick GELU (timm's vit_*_clip_quickgelu_*), its others of the exact one",
+        f"the file doesn't say its activation, and this encoder has the {here}: OpenAI's weights and "
+        "open_clip's -quickgelu ones are of the quick GELU (timm's vit_*_clip_quickgelu_*), its others of the exact one",
     )
 
 

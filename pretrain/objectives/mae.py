@@ -64,14 +64,14 @@ class MAEConfig(ObjectiveConfig):
 
 
 def _require_usable(encoder: Any) -> None:
-    """Raises `ConfigError` for an encoder whose patches can't be hidden, or whose feature wouldn't be trained."""
+    """Raises `ConfigError` where patches can't be hidden, or the feature wouldn't be trained."""
     why, hint = vit.not_plain(encoder), "use one such as vit_base_patch16_224"
     if why is None and encoder.attn_pool is not None:
         why = "its attention pooling (global_pool map) is behind the tokens that are trained"
         hint = "set encoder.pooling=avg"
     elif why is None and not isinstance(encoder.norm, nn.LayerNorm):
         why = "it has no layer norm behind its last block"
-        hint = "set encoder.pooling=avg in place of encoder.args.global_pool, or use one such as vit_base_patch16_224"
+        hint = "set encoder.pooling=avg in place of encoder.args.global_pool, or use another ViT"
     elif why is None and not isinstance(encoder.patch_drop, nn.Identity):
         why, hint = "encoder.args.patch_drop_rate hides patches a second time", "leave it out"
     if why is not None:

@@ -8,9 +8,9 @@ algorithm 1 and §4), with the settings of the authors' code (facebookresearch/m
     loss = ctr(q_1, k_2) + ctr(q_2, k_1)
     after an applied step: encoder', projector' <- m of themselves + (1 - m) of the student, m from .99 to 1
 
-A plain ViT has fixed sine-cosine positions and a patch projection that stays random, without which the authors saw
-instable training. Heads as theirs: for a ViT three layers project and the predictor ends in batch norm; for
-a ResNet two, and it doesn't. Batch norm in the heads is over the global batch.
+A plain ViT has fixed sine-cosine positions and a patch projection that stays random, without which the
+authors saw instable training. Heads as theirs: for a ViT three layers project and the predictor ends in
+batch norm; for a ResNet two, and it doesn't. Batch norm in the heads is over the global batch.
 """
 
 from __future__ import annotations
