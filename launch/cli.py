@@ -151,7 +151,10 @@ def finetune(
     from pretrain.finetune import FineTuneConfig, start_of
 
     settings = load(config, FineTuneConfig, overrides or ())
-    start = start_of(source, step=step, scratch=scratch, seed=seed, pooling=settings.pooling)
+    start = start_of(
+        source, step=step, scratch=scratch, seed=seed, pooling=settings.pooling,
+        image_size=settings.image_size,
+    )  # fmt: skip
     found = finetune.run(start, data.expanduser(), settings, seed=seed, workers=workers, to=to)
     finetune.show(source, found, as_json=as_json)
 

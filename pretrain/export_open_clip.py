@@ -101,6 +101,10 @@ def _write(pair: Pair, trained: Trained, folder: Path) -> None:
 
 def _image_tower(pair: Pair, trained: Trained) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights under open_clip's names, and `model_cfg` without the text."""
+    if trained.view.grey:
+        raise RunError(
+            "encoder.args.in_chans: found 1; open_clip's towers take RGB; export with --format timm"
+        )
     size, projection = list(trained.image_size), pair.image_projection
     linear = projection.weight.detach() if isinstance(projection, nn.Linear) else None
     # One switch for both towers; a tower of timm's is as timm has it.
@@ -160,7 +164,9 @@ def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     width, depth = encoder.embed_dim, len(encoder.blocks)
     if encoder.num_prefix_tokens != 1 or not isinstance(encoder.fc_norm, nn.Identity):
         raise RunError(
-            "encoder: open_clip's image tower has one class token and pools by it; export with --format timm"
+            "encoder: open_clip's image tower has one class token, and pools by it or by the mean of the "
+            "patches "
+            "behind the norm; export with --format timm"
         )
     positions = own["pos_embed"][0].clone()
     if "patch_embed.proj.bias" in own:
@@ -198,6 +204,8 @@ def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "no_ln_pre": isinstance(encoder.norm_pre, nn.Identity),
         "norm_kwargs": {"eps": encoder.norm.eps},
     }
+    if encoder.global_pool == "avg":
+        vision["pool_type"] = "avg"  # behind the norm, as keel's
     if "blocks.0.ls1.gamma" in own:
         vision["ls_init_value"] = 1e-5  # any number: it makes the layers, whose weights are then loaded
     return weights, vision

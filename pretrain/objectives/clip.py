@@ -19,7 +19,7 @@ encoders (ResNets, attention pooling as SigLIP's) are timm's in open_clip too, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import pydantic
@@ -75,6 +75,9 @@ class CLIPConfig(ObjectiveConfig):
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
         crop = RandomResizedCrop(scale=self.crop_scale)
         return [ViewSpec(image_size, crop, flip=self.flip, mean=self.mean, std=self.std)]
+
+    def compared(self, batch_size: int) -> Mapping[str, int]:
+        return {"train.batch_size": batch_size}
 
     def build(self, context: BuildContext) -> CLIP:
         """Raises `ConfigError` where batch norm and micro-batches, or tokenizer and tower, don't fit."""
