@@ -16,7 +16,7 @@ from pathlib import Path
 from configs.errors import DataError
 from data_pipeline.books import Books
 from data_pipeline.entries import ENDINGS, Entry, Offered, SourceOptions, listed, said
-from data_pipeline.labels import numbers_of
+from data_pipeline.label_numbers import numbers_of
 from data_pipeline.manifest import NAME
 
 CAPTION_ENDINGS = {".txt": "txt", ".caption": "txt", ".json": "json"}

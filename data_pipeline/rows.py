@@ -10,7 +10,7 @@ from pathlib import Path
 from configs.errors import DataError
 from data_pipeline.books import Books
 from data_pipeline.entries import Entry, Offered, SourceOptions, listed, missing, said, stamped
-from data_pipeline.labels import labels
+from data_pipeline.label_numbers import labels
 from data_pipeline.parquet import read_parquet
 from data_pipeline.table import Row, Table, read_text_table
 

@@ -126,7 +126,7 @@ def view(
         config = load(source, RunConfig, overrides or ())
         size = config.data.image_size
         shape = (size, size) if isinstance(size, int) else size
-        data, seed, views = config.data, config.run.seed, list(config.objective.views(shape))
+        data, seed, views = config.data, config.run.seed, list(config.views(shape))
     contact_sheet(data, views, out, seed=seed, position=position, count=count)
     typer.echo(f"{out}: {count} samples from position {position}")
 

@@ -10,7 +10,7 @@ import pytest
 
 from configs.errors import DataError
 from data_pipeline.entries import SourceOptions
-from data_pipeline.labels import labels
+from data_pipeline.label_numbers import labels
 from data_pipeline.manifest import Manifest
 from data_pipeline.pack import account, pack
 from data_pipeline.stats import stats
