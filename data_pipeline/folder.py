@@ -10,6 +10,7 @@ import os
 import re
 import stat
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -229,8 +230,12 @@ class Walk:
     def _above(self) -> set[tuple[int, int]]:
         """The source and all folders above it: a link to one of them would lead in circles."""
         real = Path(os.path.realpath(self.source))
-        found = [os.stat(folder) for folder in (real, *real.parents)]
-        return {(one.st_dev, one.st_ino) for one in found}
+        found = set()
+        for folder in (real, *real.parents):
+            with suppress(OSError):  # above it may lie what can't be looked into
+                status = os.stat(folder)
+                found.add((status.st_dev, status.st_ino))
+        return found
 
     def _level(self, folder: str) -> tuple[Files, list[str]]:
         try:

@@ -109,7 +109,7 @@ class ZeroShotConfig(EvaluatorConfig):
             if name != name.encode(errors="replace").decode():  # of a folder in another encoding
                 raise ConfigError(
                     f"evaluate.{self.title}.classes: {self.classes or manifest.path}: label {number} is "
-                    f"called {ascii(name)}, which isn't UTF-8 text; give a file with a name for each label"
+                    f"called {name!a}, which isn't UTF-8 text; give a file with a name for each label"
                 )
             if labels.setdefault(name, number) != number:
                 raise ConfigError(
