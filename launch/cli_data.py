@@ -52,22 +52,57 @@ def pack(
     processes: Annotated[int, typer.Option(min=1)] = 2,
     keep_order: Annotated[bool, typer.Option("--keep-order", help="don't mix the pictures")] = False,
     seed: Annotated[int, typer.Option(help="of the mixing")] = 0,
+    path_column: Annotated[str | None, typer.Option(help="of a table: where its paths are")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="of a table: where its captions are")] = None,
+    label_column: Annotated[str | None, typer.Option(help="of a table: where its labels are")] = None,
+    classes: Annotated[Path | None, typer.Option(help="text file, a class name a line: their order")] = None,
+    labels_as_names: Annotated[
+        bool, typer.Option("--labels-as-names", help="of a table: number the labels anew, numbers too")
+    ] = False,
+    class_folders: Annotated[
+        bool | None,
+        typer.Option(
+            "--class-folders/--no-class-folders",
+            help="sub-folders are classes, or aren't [default: are, unless a downloader made them]",
+        ),
+    ] = None,
+    sidecars: Annotated[
+        bool, typer.Option(help="take .txt, .caption and .json files beside pictures, and a metadata table")
+    ] = True,
     no_check: Annotated[bool, typer.Option("--no-check", help="don't decode every picture first")] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="of a picture that is decoded [default: 100 million]")
+    ] = None,
+    skip_broken: Annotated[
+        int, typer.Option(min=0, metavar="N", help="leave out up to N pictures that can't be packed")
+    ] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="it is an error to leave anything out")] = False,
 ) -> None:
     """Pack images into shards and a manifest; an interrupted packing goes on where it stopped."""
     from data_pipeline import pack as packing
+    from data_pipeline.classes import read_classes
+    from data_pipeline.entries import SourceOptions
     from launch.progress import progress_bar
 
+    names = read_classes(classes) if classes else ()
+    columns = (path_column, caption_column, label_column)
+    reading = SourceOptions(*columns, names, labels_as_names, class_folders, sidecars)
     with progress_bar("pack") as progress:
         manifest = packing.pack(
             source,
             out,
+            reading=reading,
             per_shard=per_shard,
             processes=processes,
             shuffle_seed=None if keep_order else seed,
             check=not no_check,
+            max_pixels=max_pixels or packing.MAX_PIXELS,
+            skip_broken=skip_broken,
+            strict=strict,
             progress=progress,
         )
+    for line in packing.account(manifest):
+        typer.echo(line)
     typer.echo(_line(manifest))
 
 
@@ -92,7 +127,7 @@ def view(
         config = load(source, RunConfig, overrides or ())
         size = config.data.image_size
         shape = (size, size) if isinstance(size, int) else size
-        data, seed, views = config.data, config.run.seed, list(config.objective.views(shape))
+        data, seed, views = config.data, config.run.seed, list(config.views(shape))
     contact_sheet(data, views, out, seed=seed, position=position, count=count)
     typer.echo(f"{out}: {count} samples from position {position}")
 
