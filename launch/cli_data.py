@@ -240,9 +240,16 @@ def stats(
     typer.echo(f"{found.samples} samples, {found.shards} shards, {found.bytes / 1e6:.1f} MB")
     typer.echo(f"quantiles at 0, 5, 50, 95, 100 %; pictures and labels from {found.looked_at} samples")
     rows = [("samples a shard", found.shard_samples), ("height", found.heights), ("width", found.widths)]
-    rows += [(f"{name}: bytes of {field.samples}", field.quantiles) for name, field in found.fields.items()]
+    often = sorted(found.fields, key=lambda name: (-found.fields[name].samples, name))[:20]
+    rows += [
+        (f"{name}: bytes of {field.samples}", field.quantiles)
+        for name, field in found.fields.items()
+        if name in often
+    ]
     for title, quantiles in rows:
         typer.echo(f"  {title:24}" + "".join(f"{value:>12}" for value in quantiles))
+    if len(found.fields) > len(often):  # names with dots give thousands
+        typer.echo(f"  and {len(found.fields) - len(often)} fields more; --json lists them")
     if found.labels:
         typer.echo("  labels: " + ", ".join(f"{name} {count}" for name, count in found.labels.items()))
 
