@@ -109,8 +109,7 @@ class Index:
     @cached_property
     def sample_of(self) -> npt.NDArray[np.int64]:
         """(members,): the sample that each belongs to."""
-        counts = np.diff(self.member_ends.astype(np.int64), prepend=0)
-        return np.repeat(np.arange(len(self)), counts)
+        return np.searchsorted(self.member_ends, np.arange(len(self.offset)), side="right").astype(np.int64)
 
     def to_bytes(self) -> bytes:
         names = json.dumps(self.fields).encode()
