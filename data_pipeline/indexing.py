@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from configs.errors import DataError
-from data_pipeline.account import AGAIN, APART, NO_PICTURE, SAME_BYTES, Account, some
+from data_pipeline.account import AGAIN, APART, MORE_PICTURES, NO_PICTURE, SAME_BYTES, Account, some
 from data_pipeline.fields import IMAGE_FIELDS
 from data_pipeline.files import write_whole
-from data_pipeline.index import FORMAT, Index, Surveyed, samples_without, survey
+from data_pipeline.index import FORMAT, Index, Surveyed, fields_counted, survey
 from data_pipeline.manifest import Manifest, Shard, all_fields, index_name, relative_name, save_index
 from data_pipeline.members import Split, shown
 from data_pipeline.parallel import Progress, mapped
@@ -137,12 +139,11 @@ def add_shard(directory: Path, path: Path, name: str, fields: Fields | None = No
 def _account_of(found: Surveyed, fields: Fields) -> Account:
     """What is to be said of one shard."""
     account, index = Account(found.books), found.index
-    without = samples_without(index, fields.picture or IMAGE_FIELDS)
-    account.doubt(
-        NO_PICTURE,
-        [f"{shown(index.key(n))} with {some(index.fields_of(n))}" for n in without[:3].tolist()],
-        len(without),
-    )
+    counts = fields_counted(index, fields.picture or IMAGE_FIELDS)
+    for doubt, found_so in ((NO_PICTURE, counts == 0), (MORE_PICTURES, counts > 1)):
+        numbers = np.flatnonzero(found_so).tolist()
+        examples = [f"{shown(index.key(n))} ({some(index.fields_of(n))})" for n in numbers[:3]]
+        account.doubt(doubt, examples, len(numbers))
     account.doubt(AGAIN, map(shown, found.again[:3]), len(found.again))
     account.doubt(APART, map(shown, found.apart[:3]), len(found.apart))
     return account

@@ -155,7 +155,7 @@ def index(
 ) -> None:
     """Make a manifest for webdataset tars where they lie; an interrupted indexing goes on."""
     from data_pipeline import indexing
-    from data_pipeline.account import Account
+    from data_pipeline.account import Account, some
     from data_pipeline.classes import read_classes
     from launch.progress import progress_bar
 
@@ -175,6 +175,7 @@ def index(
     for line in Account.from_dict(manifest.about["indexed"]).lines(manifest.fields):
         typer.echo(f"note: {line}", err=True)
     typer.echo(_line(manifest))
+    typer.echo(f"fields: {some(manifest.fields)}")
 
 
 def _lower(names: list[str] | None) -> tuple[str, ...]:

@@ -306,9 +306,13 @@ def test_strict_counts_everything_but_folders(tmp_path: Path) -> None:
     assert left == {members.FOLDER: {"count": 1, "examples": ["."]}}
     for extra, named in (
         (("._0.jpg", b""), "1 members left out: an AppleDouble copy"),
-        (("1.txt", b"no picture"), r"1 samples have no picture \(for instance 1 with txt\)"),
+        (("1.txt", b"no picture"), r"1 samples have no picture \(for instance 1 \(txt\)\)"),
         (("1.png", "hard 7.png"), "1 members left out: a link that leads to nothing"),
         (("0.cls", b"1"), "1 samples begin where a field came a second time"),
+        (
+            ("0.jpg", b"2"),
+            r"1 samples have more than one picture, of which one is read \(.* 0 \(cls, jpg, png\)\)",
+        ),
     ):
         tarred(tmp_path / "0.tar", [*good, extra])
         with pytest.raises(DataError, match=named):
@@ -323,7 +327,7 @@ def test_fields_apart_are_said(tmp_path: Path) -> None:
     manifest = index([str(tarred(tmp_path / "0.tar", entries))], tmp_path / "list")
     lines = account.Account.from_dict(manifest.about["indexed"]).lines(manifest.fields)
     assert manifest.samples == 6 and len(lines) == 2
-    assert lines[0].startswith("3 samples have no picture (for instance 0 with cls, 1 with cls, 2 with cls)")
+    assert lines[0].startswith("3 samples have no picture (for instance 0 (cls), 1 (cls), 2 (cls))")
     assert lines[1].startswith(
         "3 samples have the key of an earlier one in their shard; the members of a sample"
     )
@@ -338,7 +342,7 @@ def test_fields_may_be_chosen(tmp_path: Path) -> None:
     path = str(tarred(tmp_path / "0.tar", entries))
     plain = index([path], tmp_path / "plain")
     (line,) = account.Account.from_dict(plain.about["indexed"]).lines(plain.fields)
-    assert line.endswith("; is it in image.png? Then index with --picture-field")
+    assert "; if it is in image.png, index with --picture-field; if names have dots" in line
     with pytest.raises(
         DataError, match=r"field jpg, jpeg.*: missing; the sample has caption.txt.*--picture-field"
     ):
@@ -355,15 +359,29 @@ def test_fields_may_be_chosen(tmp_path: Path) -> None:
         index([path], tmp_path / "wrong", fields=Fields(label=("cls",)))
 
 
+@pytest.mark.parametrize(
+    ("label", "named"),
+    [
+        (b"cat", "a label is a whole number, found 'cat'"), (b"5.0", "a label is a whole number, found '5.0'"),
+        (b"", "a label is a whole number, found ''"), (b"-1", "a label is a number from 0 to"),
+        (b"7", "label '7' isn't a class of the 2 there are"), (b"1\n", None),
+    ],
+)  # fmt: skip
+def test_labels_that_arent_class_numbers_are_named(tmp_path: Path, label: bytes, named: str | None) -> None:
+    path = tarred(tmp_path / "0.tar", [("0.png", sample(0)["png"]), ("0.cls", label)])
+    told = [str(one) for one in verify(index([str(path)], tmp_path / "l", classes=("a", "b"))).findings]
+    assert (named is None and not told) or (len(told) == 1 and str(named) in told[0])
+
+
 def test_names_with_dots_are_split_where_asked(tmp_path: Path) -> None:
     entries: list[Entry] = [(f"www.site{n}.com_{n}.png", sample(n)["png"]) for n in range(9)]
     path = str(tarred(tmp_path / "0.tar", entries))
     first = index([path], tmp_path / "first")
     assert first.samples == 1 and len(first.fields) == 9
     (line,) = account.Account.from_dict(first.about["indexed"]).lines(first.fields)
-    assert "1 samples have no picture (for instance www with site0.com_0.png" in line
+    assert "1 samples have no picture (for instance www (site0.com_0.png" in line
     assert line.endswith(
-        "at their first dot, which gives 9 fields: --split-at last splits them at their last"
+        "9 fields with endings of pictures; if names have dots of their own, with --split-at last"
     )
     last = index([path], tmp_path / "last", fields=Fields(split="last"), strict=True)
     assert last.index(0).keys() == [f"www.site{n}.com_{n}" for n in range(9)] and last.fields == ("png",)
