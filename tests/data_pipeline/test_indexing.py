@@ -362,7 +362,8 @@ def test_fields_may_be_chosen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("label", "named"),
     [
-        (b"cat", "a label is a whole number, found 'cat'"), (b"5.0", "a label is a whole number, found '5.0'"),
+        (b"cat", "a label is a whole number, found 'cat'"),
+        (b"5.0", "a label is a whole number, found '5.0'"),
         (b"", "a label is a whole number, found ''"), (b"-1", "a label is a number from 0 to"),
         (b"7", "label '7' isn't a class of the 2 there are"), (b"1\n", None),
     ],
