@@ -222,7 +222,7 @@ def _index_one(task: _Task) -> Indexed | _Bad:
     except CantWriteError:
         raise
     except FetchError as error:
-        return _Bad(str(error), "can't be fetched", unreachable="missing shard" not in str(error))
+        return _Bad(str(error), "can't be fetched", unreachable="attempts" in str(error))
     except DataError as error:
         return _Bad(str(error), _kind_of(str(error)))
 
@@ -248,7 +248,12 @@ def _indexed(task: _Task) -> Indexed:
     if is_remote(task.name):
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "shard.tar"
-            fetch(task.name, local)
+            try:
+                fetch(task.name, local)
+            except FetchError:
+                raise
+            except DataError as error:  # no room for the copy: no fault of the shard
+                raise CantWriteError(str(error)) from error
             try:
                 made = add_shard(task.directory, local, task.name, task.fields)
             except CantWriteError:
