@@ -224,7 +224,7 @@ def _index_one(task: _Task) -> Indexed | _Bad:
     except FetchError as error:
         return _Bad(str(error), "can't be fetched", unreachable="attempts" in str(error))
     except DataError as error:
-        return _Bad(str(error), _kind_of(str(error)))
+        return _Bad(str(error), _kind_of(str(error).replace(task.name, "")))
 
 
 def _kind_of(reason: str) -> str:

@@ -24,6 +24,7 @@ from data_pipeline.load import sequential
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.patterns import expanded
 from data_pipeline.read import Reader
+from data_pipeline.remote import FetchError
 from data_pipeline.stats import stats
 from data_pipeline.types import CenterCrop, ViewSpec
 from data_pipeline.verify import verify
@@ -95,6 +96,37 @@ def test_no_url_is_taken_for_another(tmp_path: Path, served: str) -> None:
     manifest = index([f"{served}/{name}" for name in names], tmp_path / "list")
     local = index([str(path) for path in paths], tmp_path / "local")
     assert [one.sha256 for one in manifest.shards] == [one.sha256 for one in local.shards]
+
+
+def test_a_server_that_is_gone_isnt_asked_for_every_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing shard is one bad shard; a server that doesn't answer ends the work."""
+    asked = []
+
+    def fetch(url: str, target: Path) -> None:
+        asked.append(url)
+        missing = url.endswith("/0.tar")
+        raise FetchError(
+            f"{url}: missing shard" if missing else f"{url}: can't be fetched after 6 attempts: gone"
+        )
+
+    monkeypatch.setattr(indexing, "fetch", fetch)
+    monkeypatch.setattr(indexing, "version_of", lambda url: None)
+    with pytest.raises(DataError) as caught:
+        index(["http://127.0.0.1:9/{0..20}.tar"], tmp_path / "list", skip_broken=100)
+    assert len(asked) == 5 and len(str(caught.value).splitlines()) == 6
+    assert "4 shards in a row are out of reach: the other 16 weren't tried" in str(caught.value)
+
+
+def test_a_full_disk_of_copies_is_no_fault_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(url: str, target: Path) -> None:
+        raise DataError(f"{target}: can't be written: No space left on device")
+
+    monkeypatch.setattr(indexing, "fetch", fetch)
+    monkeypatch.setattr(indexing, "version_of", lambda url: None)
+    with pytest.raises(indexing.CantWriteError, match="No space left on device"):
+        index(["http://127.0.0.1:9/{0..20}.tar"], tmp_path / "list", skip_broken=100)
 
 
 def stopped_after(monkeypatch: pytest.MonkeyPatch, patterns: list[str], out: Path, count: int) -> None:
