@@ -154,7 +154,7 @@ def index(
 ) -> None:
     """Make a manifest for webdataset tars where they lie; an interrupted indexing goes on."""
     from data_pipeline import indexing
-    from data_pipeline.account import Account
+    from data_pipeline.account import Account, some
     from data_pipeline.classes import read_classes
     from launch.progress import progress_bar
 
@@ -174,6 +174,7 @@ def index(
     for line in Account.from_dict(manifest.about["indexed"]).lines(manifest.fields):
         typer.echo(f"note: {line}", err=True)
     typer.echo(_line(manifest))
+    typer.echo(f"fields: {some(manifest.fields)}")
 
 
 def _lower(names: list[str] | None) -> tuple[str, ...]:
@@ -239,9 +240,16 @@ def stats(
     typer.echo(f"{found.samples} samples, {found.shards} shards, {found.bytes / 1e6:.1f} MB")
     typer.echo(f"quantiles at 0, 5, 50, 95, 100 %; pictures and labels from {found.looked_at} samples")
     rows = [("samples a shard", found.shard_samples), ("height", found.heights), ("width", found.widths)]
-    rows += [(f"{name}: bytes of {field.samples}", field.quantiles) for name, field in found.fields.items()]
+    often = sorted(found.fields, key=lambda name: (-found.fields[name].samples, name))[:20]
+    rows += [
+        (f"{name}: bytes of {field.samples}", field.quantiles)
+        for name, field in found.fields.items()
+        if name in often
+    ]
     for title, quantiles in rows:
         typer.echo(f"  {title:24}" + "".join(f"{value:>12}" for value in quantiles))
+    if len(found.fields) > len(often):  # names with dots give thousands
+        typer.echo(f"  and {len(found.fields) - len(often)} fields more; --json lists them")
     if found.labels:
         typer.echo("  labels: " + ", ".join(f"{name} {count}" for name, count in found.labels.items()))
 

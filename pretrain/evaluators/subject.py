@@ -229,7 +229,7 @@ class EvaluatorConfig(Config, ABC):
         """Those in `manifests()`. Raises `UserError` where one has no labels, or other classes."""
         loaded = {path: Manifest.load(path) for path in self.manifests()}
         for path, manifest in loaded.items():
-            if self.needs_labels and not set(manifest.labels) & set(manifest.fields):
+            if self.needs_labels and not manifest.labelled:
                 raise DataError(f"{path}: has no class labels, which {self.title} needs")
         (learn, first), (judge, last) = next(iter(loaded.items())), list(loaded.items())[-1]
         if self.needs_labels and first.classes and last.classes and first.classes != last.classes:
