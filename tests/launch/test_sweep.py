@@ -142,9 +142,9 @@ def made_otherwise(tmp_path: Path, digits: Path, what: str) -> dict[str, Any]:
     overrides = {"data.manifest": str(digits), "train.duration": "4 steps"}
     if what == "overrides":
         return {"overrides": overrides | {"train.duration": "8 steps"}}
-    if what == "another sweep, with one member of the same name":
+    if what == "another sweep, one name the same":
         return {"overrides": overrides | {"objective.mask_ratio": 0.9}, "grid": {"run.seed": [0, 7]}}
-    if what == "another sweep, with none":
+    if what == "another sweep, no name the same":
         return {"overrides": overrides | {"train.duration": "8 steps"}, "grid": {"run.seed": [8, 9]}}
     if what == "a base config":
         own.write_text(own.read_text().replace("0.6", "0.7"))
@@ -164,8 +164,8 @@ def made_otherwise(tmp_path: Path, digits: Path, what: str) -> dict[str, Any]:
     ("what", "line"),
     [
         ("overrides", "train.duration: found '8 steps', but it was '4 steps' (in o-own-seed=0-"),
-        ("another sweep, with one member of the same name", "objective.mask_ratio: found 0.9, but it was 0.6"),
-        ("another sweep, with none", "train.duration: found '8 steps', but it was '4 steps' (in o-own-seed=0-"),
+        ("another sweep, one name the same", "objective.mask_ratio: found 0.9, but it was 0.6"),
+        ("another sweep, no name the same", "train.duration: found '8 steps', but it was '4 steps'"),
         ("a base config", "objective.mask_ratio: found 0.7, but it was 0.6 (in o-own-seed=0-"),
         ("the base of a config", "train.gradient_clip: found 0.25, but it was"),
         ("the data", "data: the manifest there was "),
