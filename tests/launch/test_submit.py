@@ -166,7 +166,7 @@ def test_a_run_of_another_cluster_is_left_alone_while_it_speaks(
     assert submitting.submit([folder], ClusterConfig()) == ["10"]
 
 
-@pytest.mark.parametrize("name", ["it's", 'a"b', "a%j", "a\\b", "a\nb", "a\tb", "\udcff"])
+@pytest.mark.parametrize("name", ["it's", 'a"b', "a%j", "a\\b", "a\nb", "a\tb"])
 def test_names_that_slurms_options_cant_carry_are_refused_first(
     tmp_path: Path, keel: Callable[..., tuple[int, str, str]], name: str
 ) -> None:
