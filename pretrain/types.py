@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from configs.loading import Config
 from data_pipeline.types import Batch, ViewSpec
 
+BEYOND_STEPS = "after the step"
+"""The phase of a loop that may take as long as it likes: saving and evaluating aren't hanging."""
+
 Unit = Literal["steps", "samples", "epochs", "min"]
 _UNITS: Mapping[str, Unit] = {
     "step": "steps", "steps": "steps", "sample": "samples", "samples": "samples",
@@ -224,6 +227,13 @@ class ObjectiveConfig(Config, ABC):
 
     @abstractmethod
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]: ...
+
+    def compared(self, batch_size: int) -> Mapping[str, int]:
+        """Samples that one is told apart from at a time, by the setting that says how many; none: not at all.
+
+        Together they have to be different ones, or an image would be its own negative.
+        """
+        return {}
 
     @abstractmethod
     def build(self, context: BuildContext) -> Objective: ...
