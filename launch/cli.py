@@ -95,7 +95,7 @@ def train(
     with progress_bar("demo data") as progress:
         settings = load(config, RunConfig, overrides or ())
         folder = prepare(settings, world_size=nproc, progress=progress, fork=branch)
-    code = launch(folder, nproc)
+    code = launch(folder, nproc, last=True)
     if code == 0:
         typer.echo(f"done; run folder: {folder.root}")
     raise typer.Exit(code)

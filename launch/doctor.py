@@ -183,6 +183,8 @@ def _batch(patient: Patient) -> Iterator[Check]:
             )  # fmt: skip
     needed = 1 + config.data.workers
     there = patient.cluster.cpus_per_task if patient.cluster else (os.cpu_count() or 1) / patient.nproc
+    if slow := config.slow_optimizer:
+        yield Check("offload", "warn", *slow)
     if needed > there:
         yield Check(
             "processors", "warn", f"{there:g} for a rank and its {config.data.workers} data workers",
@@ -344,21 +346,33 @@ def _network(patient: Patient) -> Iterator[Check]:
     """The interface that nodes are to talk over exists."""
     if patient.cluster is None or patient.cluster.nodes == 1:
         return
-    name = "NCCL_SOCKET_IFNAME" if patient.cluster.gpus_per_node else "GLOO_SOCKET_IFNAME"
-    given = {**os.environ, **patient.cluster.environment}.get(name)
+    # Agreements, saving and loading go by gloo on GPUs too: it hangs where a host's name leads to 127.0.1.1.
+    names = ["GLOO_SOCKET_IFNAME"] + ["NCCL_SOCKET_IFNAME"] * bool(patient.cluster.gpus_per_node)
+    for name in names:
+        yield from _interface(name, patient.cluster)
+
+
+def _interface(name: str, cluster: ClusterConfig) -> Iterator[Check]:
+    given = {**os.environ, **cluster.environment}.get(name)
     here = [interface for _, interface in socket.if_nameindex()]
     if given is None:
-        yield Check("network", "warn", f"{name} isn't set: {patient.cluster.nodes} nodes choose alone",
+        yield Check("network", "warn", f"{name} isn't set: {cluster.nodes} nodes choose alone",
                     f"set it in the cluster's environment; here are {', '.join(here)}")  # fmt: skip
-    elif not given.startswith("^") and not any(_matches(given, interface) for interface in here):
+    elif not any(_matches(name, given, interface) for interface in here):
         yield Check("network", "warn", f"{name}={given} isn't on this machine, which has {', '.join(here)}",
                     "make sure that the nodes have it")  # fmt: skip
     else:
         yield Check("network", "pass", f"{name}={given}")
 
 
-def _matches(given: str, interface: str) -> bool:
-    """NCCL reads "=eth0" as that one and "eth" as all that begin so, several by commas."""
+def _matches(name: str, given: str, interface: str) -> bool:
+    """NCCL reads "=eth0" as that one and "eth" as all that begin so, "^docker0" as all but that; gloo whole
+    names; both several by commas.
+    """
+    if name == "GLOO_SOCKET_IFNAME":
+        return interface in given.split(",")
+    if given.startswith("^"):
+        return True
     exact = given.startswith("=")
     names = given.removeprefix("=").split(",")
     return any(interface == name if exact else interface.startswith(name) for name in names if name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -24,6 +25,8 @@ from pretrain.fork import Fork
 from pretrain.health import StopRequest
 from pretrain.plan import Plan
 from pretrain.types import StopReason
+
+log = logging.getLogger(__name__)
 
 DemoProgress = Callable[[int, int], None]
 
@@ -118,6 +121,8 @@ def train(folder: RunFolder, stop: StopRequest, console: TextIO | None = None, *
     config = loading.load(folder.config_file, RunConfig)
     torch.set_num_threads(config.run.threads)
     here = processes.start(config.run.device)
+    if here.main and (slow := config.slow_optimizer):
+        log.warning("%s; %s", *slow)
     try:
         with folder.lease() if here.main else nullcontext():
             return attempts(folder, config, here, Outside(stop, console, **outside))

@@ -37,10 +37,10 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"waited {seconds:.0f} s, but not: {what}"
         time.sleep(0.01)
 
 
@@ -221,7 +221,7 @@ def test_ctrl_c_saves_and_leaves_cleanly(tmp_path: Path, digits: Path, nproc: in
     run = tmp_path / "run"
     command = ["train", "smoke/mae", "--nproc", nproc, f"run.dir={run}", f"data.manifest={digits}", *LONG]
     first = start(*command, start_new_session=True)
-    wait_for(lambda: len(rows(run)) >= 5 or first.poll() is not None)
+    wait_for(lambda: len(rows(run)) >= 5 or first.poll() is not None, "five steps")
     os.killpg(first.pid, signal.SIGINT)
     said, _ = first.communicate(timeout=240)
     assert first.returncode == 3, said
@@ -239,12 +239,12 @@ def test_nothing_outlives_a_killed_launcher(tmp_path: Path, digits: Path) -> Non
         "train", "smoke/mae", "--nproc", 2, f"run.dir={run}", f"data.manifest={digits}", *LONG,
         env=os.environ | {"KEEL_TEST_RUN": str(run)},
     )  # fmt: skip
-    wait_for(lambda: len(rows(run)) >= 3 or launcher.poll() is not None)
+    wait_for(lambda: len(rows(run)) >= 3 or launcher.poll() is not None, "three steps")
     marked = processes_with_environment(f"KEEL_TEST_RUN={run}")
     assert len(marked) >= 5, "a launcher, two ranks, two data workers"
     launcher.kill()
     launcher.communicate()
-    wait_for(lambda: not processes_with_environment(f"KEEL_TEST_RUN={run}"), seconds=60)
+    wait_for(lambda: not processes_with_environment(f"KEEL_TEST_RUN={run}"), "no process is left")
 
 
 def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, digits: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, digits: Path) -> Non
         "train", "smoke/mae", "--nproc", 2, f"run.dir={run}", f"data.manifest={digits}", "data.workers=0",
         "checkpoint.every=50 steps", "train.duration=400 steps",
     )  # fmt: skip
-    wait_for(lambda: any((run / "checkpoints").glob("step-*")) or launcher.poll() is not None)
+    wait_for(lambda: any((run / "checkpoints").glob("step-*")) or launcher.poll() is not None, "a checkpoint")
     log = (run / "logs" / "rank-00001.log").read_text()
     told = re.search(r"rank 1 of 2, process (\d+) on", log)
     assert told is not None, log
