@@ -151,7 +151,10 @@ def finetune(
     from pretrain.finetune import FineTuneConfig, start_of
 
     settings = load(config, FineTuneConfig, overrides or ())
-    start = start_of(source, step=step, scratch=scratch, seed=seed, pooling=settings.pooling)
+    start = start_of(
+        source, step=step, scratch=scratch, seed=seed, pooling=settings.pooling,
+        image_size=settings.image_size,
+    )  # fmt: skip
     found = finetune.run(start, data.expanduser(), settings, seed=seed, workers=workers, to=to)
     finetune.show(source, found, as_json=as_json)
 
@@ -210,6 +213,8 @@ def export(
     typer.echo(f"{result.architecture}, {result.parameters / 1e6:.2f} M parameters")
     opened = "timm from a hub's cache" if form == ExportFormat.hf else form.value
     typer.echo(f"reopened by {opened} in a fresh process: largest difference {result.max_difference:.1e}")
+    for remark in result.remarks:
+        typer.echo(f"note: {remark}")
     typer.echo(form.call.format(result.folder))
 
 

@@ -24,7 +24,7 @@ from configs.errors import UserError
 from configs.loading import difference, load
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.manifest import Manifest
-from data_pipeline.read import IMAGE_FIELDS, Reader
+from data_pipeline.read import Reader
 from data_pipeline.remote import size_of
 from launch import queue, slurm
 from launch.cluster import ClusterConfig
@@ -152,7 +152,9 @@ def _samples(patient: Patient) -> Iterator[Check]:
         for number in chance.choice(local, SAMPLES):
             shard = manifest.shards[number]
             try:
-                ((_, data),) = reader.read(int(number), int(chance.integers(shard.samples)), [IMAGE_FIELDS])
+                ((_, data),) = reader.read(
+                    int(number), int(chance.integers(shard.samples)), [manifest.pictures]
+                )
                 decode(data, patient.config.data.max_pixels)
             except (UserError, DecodeError) as error:
                 broken.append(str(error))

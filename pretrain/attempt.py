@@ -297,7 +297,7 @@ def _listeners(
     if config.evaluate:
         view = evaluation_view(plan.views[0], config.encoder.crop)
         look = partial(
-            trained_subject, engine, view=view, pooling=config.encoder.pooling, tokenizer=plan.data.tokenizer
+            trained_subject, engine, view=view, tokenizer=plan.data.tokenizer, workers=config.data.workers
         )
         record = folder.root / "evaluations.jsonl"
         listeners.append(

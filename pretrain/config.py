@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +12,7 @@ import pydantic
 from configs.errors import ConfigError
 from configs.loading import Config, chosen_by
 from data_pipeline.config import DataConfig
+from data_pipeline.types import ViewSpec
 from pretrain import objectives
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.encoders import EncoderConfig
@@ -90,6 +93,11 @@ class RunConfig(Config):
         """
         require_devices(self.run.device, ranks, gpu)
         self.train.require_device(gpu, self.run.device)
+
+    def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
+        """What the objective asks for, grey where the encoder takes one channel."""
+        grey = self.encoder.channels == 1
+        return [replace(view, grey=grey) for view in self.objective.views(image_size)]
 
     def micro_batch(self, world_size: int) -> tuple[int, int]:
         """(samples a rank takes at once, micro-batches a step).

@@ -4,7 +4,8 @@
 
 SCRATCH has inputs.safetensors {"images": (B, 3, H, W), "tokens": (N, L)} and captions.json;
 outputs.safetensors gets the embeddings, and the captions' tokens where open_clip's tokenizer can be had (its
-own vocabulary, or transformers installed). Imports nothing of keel.
+own vocabulary, or transformers installed); where they are missing the export says so. Imports nothing of
+keel.
 """
 
 from __future__ import annotations

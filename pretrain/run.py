@@ -60,11 +60,13 @@ def prepare(
     config.optimizer.schedule_for(config.train.batch_size, plan.samples, plan.total_steps)
     with torch.device("meta"):
         objective = plan.objective(world_size)
+    plan.require_different_samples()
     config.train.require_possible(objective, gpu, config.run.device)
     config.optimizer.require_possible(config.train.zero_stage)
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)
         evaluation.require_data()
+    start.require_reopenable(config.encoder)
     branch = None if fork is None else fork.checkpoint()
     starting = None if state or fork is not None else start.opened(config.encoder, plan.image_size)
     if fork is not None and branch is not None:
