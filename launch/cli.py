@@ -237,24 +237,31 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
             stream.reconfigure(errors=ODD_NAMES)
+    sys.exit(_delivered(_called()))
+
+
+def _called() -> str | int | None:
+    """Run the command that `sys.argv` holds; gives its exit code."""
     try:
         app(prog_name="keel")
     except SystemExit as ended:
-        sys.exit(_told(ended.code))
+        # click ends with 1 where the reader of a pipe has left.
+        return PIPE_CLOSED if isinstance(ended.__context__, BrokenPipeError) else ended.code
     except UserError as error:
         print(as_lines(error), file=sys.stderr)
-        sys.exit(USERS_INPUT)
+        return USERS_INPUT
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
     except Exception as error:
         if isinstance(error, OSError) and (known := fault_of_place(error)) is not None:
             print(as_lines(known), file=sys.stderr)
-            sys.exit(USERS_INPUT)
+            return USERS_INPUT
         traceback.print_exc()
-        sys.exit(OUR_FAULT)
+        return OUR_FAULT
+    return None
 
 
-def _told(code: str | int | None) -> str | int | None:
+def _delivered(code: str | int | None) -> str | int | None:
     """The exit code, once all that was printed has gone out."""
     try:
         sys.stdout.flush()
@@ -262,11 +269,13 @@ def _told(code: str | int | None) -> str | int | None:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)  # else the interpreter would try again, and complain
         if isinstance(error, BrokenPipeError):
-            return 128 + signal.SIGPIPE
+            return PIPE_CLOSED
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
-        return USERS_INPUT
+        return code or USERS_INPUT
     return code
 
+
+PIPE_CLOSED = 128 + signal.SIGPIPE
 
 ODD_NAMES = "keel-odd-names"
 """How our output treats what its encoding can't say: bytes of a file's name as they are, the rest escaped."""

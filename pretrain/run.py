@@ -46,6 +46,8 @@ def prepare(
     `UserError`.
     """
     config = config.placed()
+    if not loading.is_text(str(config.run.dir)):  # by the folder that this was called from
+        raise RunError(f"run.dir: {config.run.dir}: a part of its path isn't UTF-8; choose another place")
     config.micro_batch(world_size)
     config.require_devices(world_size, gpu)  # before demo data are made
     folder = RunFolder(config.run.dir)
