@@ -32,20 +32,20 @@ def test_columns_of_uneven_rows(tmp_path: Path) -> None:
 
 def test_attempts_without_an_end_are_killed_or_still_run(tmp_path: Path) -> None:
     root = run_folder(tmp_path / "run", steps=90)
-    [run] = read([root])
+    [run] = read([root]).runs
     assert [attempt.reason for attempt in run.attempts] == ["preempted", "killed", "done"]
     killed = run.attempts[1]
     assert killed.ended == run.columns["time"][59], "its last row is the last that was seen of it"
     state = json.loads((root / "run.json").read_text())
     del state["attempts"][2]["ended"], state["attempts"][2]["reason"]
     (root / "run.json").write_text(json.dumps(state | {"status": "running"}))
-    assert read([root])[0].attempts[2].reason == "running"
+    assert read([root]).runs[0].attempts[2].reason == "running"
 
 
 def test_runs_have_the_shortest_names_that_tell_them_apart(tmp_path: Path) -> None:
     roots = [run_folder(tmp_path / place, steps=9) for place in ("a/run", "b/run")]
-    assert [run.name for run in read(roots)] == ["a/run", "b/run"]
-    assert [run.name for run in read([roots[0], roots[0]])] == ["run"]
+    assert [run.name for run in read(roots).runs] == ["a/run", "b/run"]
+    assert [run.name for run in read([roots[0], roots[0]]).runs] == ["run"]
 
 
 def test_where_the_time_went_adds_up(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_where_the_time_went_adds_up(tmp_path: Path) -> None:
     def stalled(row: dict[str, float]) -> dict[str, float]:
         return row | ({"checkpoint_stall": 0.15} if row["step"] == 50 else {})
 
-    [run] = read([run_folder(tmp_path / "run", steps=90, change=stalled)])
+    [run] = read([run_folder(tmp_path / "run", steps=90, change=stalled)]).runs
     shares = time_shares(0, run)
     assert shares is not None
     seconds = 90 - 3  # the hours between attempts, and what was before their first rows, don't count
