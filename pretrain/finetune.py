@@ -218,13 +218,18 @@ def _train(
 
 
 def accuracy(
-    model: nn.Module, manifest: Path, view: ViewSpec, *, device: torch.device | None = None
+    model: nn.Module,
+    manifest: Path,
+    view: ViewSpec,
+    *,
+    device: torch.device | None = None,
+    workers: int = 0,
 ) -> dict[str, float]:
     """`top1` in percent of a labelled set, and `top5` where there are more than five classes."""
     device = device or torch.device("cpu")
     hits, count, prepare = torch.zeros(5), 0, device_half([view])
     with torch.no_grad():
-        for batch in sequential(manifest, view, batch_size=256):
+        for batch in sequential(manifest, view, batch_size=256, workers=workers):
             batch = prepare(batch.to(device))
             assert batch.target is not None
             logits = model(batch.views[0])

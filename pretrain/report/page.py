@@ -26,7 +26,7 @@ WIDE, HIGH = 1000, 300
 COLOURS = 8
 """Colours there are for runs; the next runs have the same with lines of another kind."""
 
-_LABEL = 14  # letters of a name beside a chart
+_LABEL = 12  # letters of a name beside a chart
 _STROKES = 4  # kinds of lines: solid, dashed, dotted, both
 _MANY = 6  # runs from which on a row says where the time went, in place of a chart
 
@@ -127,7 +127,7 @@ def _drawn(chart: Chart, identity: str) -> dict[str, Any]:
 
 def _middle_out(name: str) -> str:
     """A name that fits beside a chart: its beginning and its end, which is what mostly tells it apart."""
-    return name if len(name) <= _LABEL else f"{name[:4]}\u2026{name[5 - _LABEL :]}"
+    return name if len(name) <= _LABEL else f"{name[:2]}\u2026{name[3 - _LABEL :]}"
 
 
 def _drawn_line(line: Line, x: Axis, y: Axis, marked: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Eighteen runs as people have them: a sweep, another objective, one that diverged, one killed, one just begun."""
+"""Eighteen runs as people have them: a sweep, another objective, one diverged, one killed, one just begun."""
 
 from __future__ import annotations
 
@@ -39,9 +39,13 @@ def eighteen(root: Path) -> list[Path]:
 
         name = f"smoke-mae-lr={lr:g},seed={seed}-{number:08x}"
         runs.append(run_folder(root / "sweep" / name, steps=120, lr=lr, change=slower, pictures=()))
+
+    def higher(row: Row) -> Row:
+        return row | {"loss": 20 * row["loss"]}
+
     for number in range(4):
-        run = run_folder(root / "sweep" / f"smoke-clip-temperature={0.01 * (number + 1):g}-{90 + number:08x}",
-                         steps=90, change=lambda row: row | {"loss": 20 * row["loss"]}, pictures=())  # fmt: skip
+        name = f"smoke-clip-temperature={0.01 * (number + 1):g}-{90 + number:08x}"
+        run = run_folder(root / "sweep" / name, steps=90, change=higher, pictures=())
         _objective(run, "clip", temperature=0.01 * (number + 1))
         runs.append(run)
 
@@ -49,8 +53,8 @@ def eighteen(root: Path) -> list[Path]:
         ill = row["step"] > 30
         return row | {"loss": None if ill else row["loss"], "grad_norm": None if ill else 1e12 * row["step"]}
 
-    ill = run_folder(root / "sweep" / "smoke-mae-lr=1e+20,seed=0-feedbeef", steps=60, lr=2.5e19, change=diverged,
-                     pictures=())  # fmt: skip
+    name = "smoke-mae-lr=1e+20,seed=0-feedbeef"
+    ill = run_folder(root / "sweep" / name, steps=60, lr=2.5e19, change=diverged, pictures=())
     nothing = '{"step": 60, "samples": 1920, "name": "knn", "values": {"top1": null}}\n'
     (ill / "evaluations.jsonl").write_text(nothing)
     _state(
