@@ -31,7 +31,7 @@ from data_pipeline.transform import device_half
 from data_pipeline.types import IMAGENET_MEAN, IMAGENET_STD, Batch, CenterCrop, ViewSpec
 from pretrain import encoders, trained
 from pretrain.augmentation import Augmentation
-from pretrain.encoders import EncoderConfig
+from pretrain.encoders import EncoderConfig, hub
 from pretrain.encoders.finetuning import classifier, erasing, layerwise_groups, mixing
 from pretrain.evaluators.few_shot import draw_labels
 from pretrain.evaluators.subject import evaluation_view
@@ -121,8 +121,8 @@ def start_of(
 def _described(source: str, encoder: nn.Module, view: ViewSpec) -> EncoderConfig:
     """What makes the same network again, of one that timm has made from a folder or a name."""
     known: Any = encoder.pretrained_cfg
-    file = Path(source) / "config.json"  # timm has opened it just now, and forgets the arguments
-    arguments = dict(json.loads(file.read_text()).get("model_args") or {}) if file.is_file() else {}
+    file = hub.config_file(source)  # timm has opened it just now, and forgets the arguments
+    arguments = dict(json.loads(file.read_text()).get("model_args") or {}) if file is not None else {}
     pooling = str(arguments.pop("global_pool", None) or getattr(encoder, "global_pool", "token"))
     for name in ("fc_norm", "img_size"):  # these follow from the pooling and the images
         arguments.pop(name, None)
