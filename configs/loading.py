@@ -189,6 +189,7 @@ def problems(error: pydantic.ValidationError, schema: type[pydantic.BaseModel]) 
         else:
             message = item["msg"].removeprefix("Value error, ")
             message = message[:1].lower() + message[1:] if message[:6] == "Input " else message
+            message = message.replace("valid tuple", "valid list").replace("Tuple should", "a list should")
             shown = "" if isinstance(item["input"], dict | Config) else f"found {item['input']!r}; "
             found.append(Problem(path=path, message=shown + message))
     return found

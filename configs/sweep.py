@@ -90,6 +90,7 @@ class EarlyStop(Config):
 
     rule: Literal["median", "halving"]
     metric: str = "loss"  # a name of metrics.jsonl, or an evaluation's such as knn/top1
+    best_is: Literal["highest", "lowest"] | None = None  # None: the lowest of a loss or error, by its name
     rungs: tuple[float, ...] = Field((0.125, 0.25, 0.5), min_length=1)
     reduction: float = Field(2.0, gt=1)
     least: PositiveInt = 3  # others that must have been there, for the median

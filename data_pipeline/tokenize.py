@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 import tokenizers
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import decoders as token_decoders
 
@@ -47,6 +47,16 @@ class TokenizerConfig(Config):
     )  # what the file must have; or be made with
     start: str | None = START  # put before each text; null for none
     end: str = END  # put behind it; must have the highest id
+    # What is done to a caption first. clip: encodings mended, HTML entities resolved, runs of blanks made
+    # one, as CLIP and every tokenizer that open_clip opens; needs the extra open-clip. strip: blanks at both
+    # ends. None: clip for openai, strip for a file.
+    cleaning: Literal["strip", "clip"] | None = None
+
+    @model_validator(mode="after")
+    def _openai_is_cleaned(self) -> TokenizerConfig:
+        if self.path == "openai" and self.cleaning == "strip":
+            raise ValueError("cleaning: openai's captions are always cleaned as CLIP's; leave it out")
+        return self
 
     def placed(self) -> TokenizerConfig:
         """The same with an absolute path."""
@@ -81,8 +91,9 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the tokenizer's content."""
-        return hashlib.sha256(self._content).hexdigest()
+        """SHA-256 of the tokenizer's content, and of how it cleans where that isn't the plain way."""
+        cleaned = self.config.path != "openai" and self.config.cleaning == "clip"
+        return hashlib.sha256(self._content + (b"\0clip" if cleaned else b"")).hexdigest()
 
     def encode(self, text: str) -> Int64s:
         """(context,) int64. Overlong text is cut, its end kept; special tokens in a text are mere text."""
@@ -104,10 +115,11 @@ class Tokenizer:
 
     def _opened(self) -> tokenizers.Tokenizer:
         if self.config.path == "openai":
-            self._clean: Callable[[str], str] = _openai_cleaner()
+            cleaned = _clip_cleaner("path: openai")
+            self._clean: Callable[[str], str] = lambda text: cleaned(text).lower()
             library = _openai(self._content)
         else:
-            self._clean = str.strip
+            self._clean = _clip_cleaner("cleaning: clip") if self.config.cleaning == "clip" else str.strip
             library = _from_json(self._content, self.config.path)
         library.no_truncation()
         library.no_padding()
@@ -228,16 +240,16 @@ def _openai(content: bytes) -> tokenizers.Tokenizer:
     return made
 
 
-def _openai_cleaner() -> Callable[[str], str]:
-    """As CLIP cleans captions: mended encodings, HTML entities (some are escaped twice), lower case."""
+def _clip_cleaner(setting: str) -> Callable[[str], str]:
+    """As CLIP and open_clip clean captions: encodings, HTML entities (some are escaped twice), blanks."""
     try:
         fix_text = importlib.import_module("ftfy").fix_text
     except ImportError:
         raise ConfigError(
-            "data.tokenizer.path: openai: needs the package ftfy; install keel's extra open-clip"
+            f"data.tokenizer.{setting}: needs the package ftfy; install keel's extra open-clip"
         ) from None
 
     def clean(text: str) -> str:
-        return " ".join(html.unescape(html.unescape(fix_text(text))).lower().split())
+        return " ".join(html.unescape(html.unescape(fix_text(text))).split())
 
     return clean

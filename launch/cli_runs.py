@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch import strict_json
+
 if TYPE_CHECKING:
+    from launch.manage import Candidate
     from launch.registry import Run
 
 Folders = Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
+Lower = Annotated[
+    bool | None,
+    typer.Option("--lower/--higher", help="which is better; by default lower for losses and errors"),
+]
 
 REFRESH = 10.0
 """Seconds between two tables of `--watch`; as often as a run says that it lives."""
@@ -32,6 +38,7 @@ def runs(
     metric: Annotated[
         str | None, typer.Option(help="of evaluations, such as knn/top1; else each run's first")
     ] = None,
+    lower: Lower = None,
     watch: Annotated[bool, typer.Option("--watch", help="again every 10 s, until Ctrl-C")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -41,12 +48,12 @@ def runs(
     order, down = sorter(sort.removeprefix("-")), sort.startswith("-")
 
     def listed() -> list[Run]:
-        found = sorted(list_runs(root, metric=metric), key=lambda run: order(run)[0])
+        found = sorted(list_runs(root, metric=metric, lower=lower), key=lambda run: order(run)[0])
         known = [run for run in found if not order(run)[0]]
         return sorted(known, key=lambda run: order(run)[1], reverse=down) + found[len(known) :]
 
     if as_json:
-        typer.echo(json.dumps([asdict(run) for run in listed()]))
+        typer.echo(strict_json.dumps([asdict(run) for run in listed()]))
         return
     try:
         _show(listed())
@@ -95,7 +102,7 @@ def cancel(
 
     told = manage.cancel(folders, now=now)
     if as_json:
-        typer.echo(json.dumps([{"run": run.path, "job": run.job, "told": what} for run, what in told]))
+        typer.echo(strict_json.dumps([{"run": run.path, "job": run.job, "told": what} for run, what in told]))
     else:
         typer.echo("\n".join(f"{run.path}: {what}" for run, what in told))
 
@@ -116,7 +123,9 @@ def resume(
 
     chosen = manage.resumable(folders)
     if as_json:
-        typer.echo(json.dumps([{"run": run.path, "was": run.state, "note": run.note} for run in chosen]))
+        typer.echo(
+            strict_json.dumps([{"run": run.path, "was": run.state, "note": run.note} for run in chosen])
+        )
     else:
         for run in chosen:
             typer.echo(f"{run.path}: was {run.state}{f' ({run.note})' if run.note else ''}")
@@ -130,6 +139,7 @@ def resume(
 def best(
     root: Annotated[Path, typer.Argument(metavar="SWEEP", help="a folder of runs")],
     metric: Annotated[str, typer.Option(help="such as knn/top1, or loss")],
+    lower: Lower = None,
     export: Annotated[
         Path | None, typer.Option(metavar="DIR", help="write the winner there as a timm folder")
     ] = None,
@@ -139,26 +149,46 @@ def best(
     """Rank runs by a metric, and export the winner."""
     from launch import manage
 
-    found = manage.ranking(root, metric)
-    rows = [
-        {"run": one.run.path, "value": one.score.value, "step": one.score.step, "state": one.run.state,
-         "exportable": one.exportable}
-        for one in found
-    ]  # fmt: skip
+    found = manage.ranking(root, metric, lower=lower)
+    if metric.rpartition("/")[0] in manage.BY_THE_OBJECTIVE and (
+        differing := manage.differing_objectives(found)
+    ):
+        typer.echo(f"note: {', '.join(differing)} differs among these runs, and {metric} may depend on it; "
+                   "an evaluation such as knn/top1 compares them", err=True)  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(rows))
+        typer.echo(strict_json.dumps([_ranked(one) for one in found]))
     else:
         for one in found:
-            lacking = "" if one.exportable else "  (no checkpoint of that step)"
-            typer.echo(f"{one.score.value:10.4g}  step {one.score.step:<8} {one.run.name}{lacking}")
+            typer.echo(_rank_line(one))
     if export is not None:
-        from pretrain.export import export as write
+        _export_winner(found, metric, export, force, as_json)
 
-        winner = next((one for one in found if one.exportable), found[0])
-        result = write(
-            Path(winner.run.path), export, step=winner.score.step if winner.exportable else None, force=force
-        )
-        typer.echo(
-            f'{winner.run.name} exported; timm.create_model("local-dir:{result.folder}", pretrained=True)',
-            err=as_json,
-        )
+
+def _ranked(one: Candidate) -> dict[str, object]:
+    return {
+        "run": one.run.path, "value": one.score.value, "step": one.score.step, "state": one.run.state,
+        "exportable": one.exportable, "comparable": one.comparable, "note": one.run.note,
+    }  # fmt: skip
+
+
+def _rank_line(one: Candidate) -> str:
+    remarks = [] if one.comparable else ["not finite: has no place"]
+    remarks += [] if one.exportable else ["no checkpoint of that step"]
+    remarks += [one.run.note] if one.run.state != "done" and one.run.note else []
+    told = f"  ({'; '.join(remarks)})" if remarks else ""
+    return f"{one.score.value:10.4g}  step {one.score.step:<8} {one.run.state:<10} {one.run.name}{told}"
+
+
+def _export_winner(found: list[Candidate], metric: str, to: Path, force: bool, as_json: bool) -> None:
+    from configs.errors import RunError
+    from pretrain.export import export as write
+
+    comparable = [one for one in found if one.comparable]
+    if not comparable:
+        raise RunError(f"--metric: {metric} is finite in none of these runs, so there is no winner to export")
+    winner = next((one for one in comparable if one.exportable), comparable[0])
+    step = winner.score.step if winner.exportable else None
+    result = write(Path(winner.run.path), to, step=step, force=force)
+    state = "" if winner.run.state == "done" else f" (a run that is {winner.run.state})"
+    opened = f'timm.create_model("local-dir:{result.folder}", pretrained=True)'
+    typer.echo(f"{winner.run.name}{state} exported; {opened}", err=as_json)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from launch import strict_json
+
 DEFAULT = "clusters/slurm"
 
 
@@ -23,8 +25,6 @@ def submit(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
 ) -> None:
     """Submit a run, or go on with one, as a job that requeues itself until the run is done."""
-    import json
-
     from configs.loading import load
     from launch import submit
     from launch.cluster import load_cluster
@@ -35,6 +35,7 @@ def submit(
     given = overrides or []
     where = load_cluster(cluster, [text.removeprefix("+") for text in given if text.startswith("+")])
     settings = load(config, RunConfig, [text for text in given if not text.startswith("+")])
+    submit.require_place([Path(settings.run.dir).expanduser().absolute()], where)
     if dry_run:
         settings.micro_batch(where.ranks)
         settings.train.require_device(where.gpu)
@@ -44,6 +45,6 @@ def submit(
         folder = prepare(settings, world_size=where.ranks, gpu=where.gpu, progress=progress)
     (job,) = submit.submit([folder.root], where)
     if as_json:
-        typer.echo(json.dumps({"job": job, "run": str(folder.root)}))
+        typer.echo(strict_json.dumps({"job": job, "run": str(folder.root)}))
     else:
         typer.echo(f"job {job}; run folder: {folder.root}")

@@ -27,7 +27,9 @@ def sync(
             typer.echo(f"{run}: is being trained; sync it afterwards")
             continue
         found = offline_folders(run)
-        typer.echo(f"{run}: {len(found)} to send" if found else f"{run}: all is sent")
+        sent = any(run.glob("wandb/offline-run-*/*.wandb.synced"))
+        nothing = "all is sent" if sent else "W&B kept nothing of it"
+        typer.echo(f"{run}: {len(found)} to send" if found else f"{run}: {nothing}")
         folders += found
     if folders and not dry_run:
         upload(folders)

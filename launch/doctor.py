@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from configs.errors import UserError
 from configs.loading import difference, load
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.manifest import Manifest
-from data_pipeline.read import IMAGE_FIELDS, Reader
+from data_pipeline.read import Reader
 from data_pipeline.remote import size_of
 from launch import queue, slurm
 from launch.cluster import ClusterConfig
@@ -31,6 +32,7 @@ from launch.registry import look
 from launch.run_files import tail
 from pretrain import start, trained
 from pretrain.config import RunConfig, refused_changes
+from pretrain.encoders import torchvision_compat
 from pretrain.engines.processes import MemoryEstimate, memory_estimate
 from pretrain.plan import Plan
 from pretrain.tracking.wandb import has_key
@@ -150,7 +152,9 @@ def _samples(patient: Patient) -> Iterator[Check]:
         for number in chance.choice(local, SAMPLES):
             shard = manifest.shards[number]
             try:
-                ((_, data),) = reader.read(int(number), int(chance.integers(shard.samples)), [IMAGE_FIELDS])
+                ((_, data),) = reader.read(
+                    int(number), int(chance.integers(shard.samples)), [manifest.pictures]
+                )
                 decode(data, patient.config.data.max_pixels)
             except (UserError, DecodeError) as error:
                 broken.append(str(error))
@@ -199,7 +203,9 @@ def _model(patient: Patient) -> Iterator[Check]:
     yield Check(
         "model", "pass", f"{whole / 1e6:.2f} M parameters, {encoder / 1e6:.2f} M of them the encoder's"
     )
-    train.require_possible(objective, None if patient.cluster is None else patient.cluster.gpu)
+    gpu = None if patient.cluster is None else patient.cluster.gpu
+    patient.config.require_devices(patient.ranks, gpu)
+    train.require_possible(objective, gpu, patient.config.run.device)
     stages = [
         memory_estimate(lambda: plan.objective(patient.ranks), stage, patient.ranks) for stage in range(4)
     ]
@@ -319,6 +325,21 @@ def _wandb(patient: Patient) -> Iterator[Check]:
         yield Check("W&B", "fail" if wanted == "online" else "warn", text, "wandb login, or track.wandb=off")
 
 
+def _torchvision(patient: Patient) -> Iterator[Check]:
+    """What an export is opened by: timm, and so torchvision, in a process that imports nothing of keel."""
+    if (problem := torchvision_compat.problem()) is not None:
+        found, _, fix = problem.partition("; ")
+        yield Check("torchvision", "warn", f"{found}; training works, keel export won't", fix)
+    elif torchvision_compat.installed():
+        hook = Path(str(sys.modules[torchvision_compat.HOOK].__file__)).with_suffix(".pth")
+        text = (
+            f"a CUDA build beside a CPU torch, which every process of this environment can import by {hook}"
+        )
+        yield Check("torchvision", "pass", text)
+    else:
+        yield Check("torchvision", "pass", "fits this torch")
+
+
 def _network(patient: Patient) -> Iterator[Check]:
     """The interface that nodes are to talk over exists."""
     if patient.cluster is None or patient.cluster.nodes == 1:
@@ -359,7 +380,8 @@ def _queue(patient: Patient) -> Iterator[Check]:
 
 _CHECKS: dict[str, Callable[[Patient], Iterator[Check]]] = {
     "data": _data, "samples": _samples, "batch": _batch, "model": _model, "weights": _weights,
-    "run folder": _folder, "checkpoints": _checkpoints, "W&B": _wandb, "network": _network, "queue": _queue,
+    "run folder": _folder, "checkpoints": _checkpoints, "W&B": _wandb, "torchvision": _torchvision,
+    "network": _network, "queue": _queue,
 }  # fmt: skip
 
 

@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from configs.sweep import EarlyStop
-from launch.registry import lower_is_better, scores
+from launch.figures import Figures
+from launch.registry import lower_is_better
 from launch.run_files import read_json, tail
+from launch.run_shapes import count, finite, metrics, number
 
 if TYPE_CHECKING:
     from pretrain.health import StopRequest
@@ -35,9 +37,6 @@ DECISIONS = "early_stop.json"
 
 POLL = 2.0
 """Seconds between two looks of a member at its own metrics."""
-
-SPAN = 0.2
-"""Part of the way to a rung over which a noisy figure is averaged."""
 
 
 @contextmanager
@@ -68,8 +67,9 @@ def rule_of(sweep: Path) -> EarlyStop | None:
 
 def _watch(run: Path, rule: EarlyStop, stop: StopRequest, ended: threading.Event) -> None:
     try:
+        rungs = Rungs(run, rule)
         while not ended.wait(POLL):
-            if look(run, rule):
+            if rungs.stops():
                 print("early_stop: others are better at this rung; saving, then leaving", file=sys.stderr)
                 stop.ask("early_stop")
                 return
@@ -77,63 +77,80 @@ def _watch(run: Path, rule: EarlyStop, stop: StopRequest, ended: threading.Event
         print(f"early_stop: can't be decided, so training goes on: {error!r}", file=sys.stderr)
 
 
-def look(run: Path, rule: EarlyStop) -> bool:
-    """Decide the rungs that are behind this run and still open; whether it is to stop at one of them."""
-    from pretrain.folder import write_atomically
+class Rungs:
+    """The rungs of one member. Each look reads only what its files have grown by."""
 
-    decided: dict[str, Any] = dict(read_json(run / DECISIONS).get("rungs", {}))
-    total, last = read_json(run / "run.json").get("total_steps"), tail(run / "metrics.jsonl", last=1)
-    if not total or not last:
+    def __init__(self, run: Path, rule: EarlyStop) -> None:
+        self.run, self.rule, self.figures = run, rule, Figures(run, rule.metric)
+
+    def stops(self) -> bool:
+        """Decide the rungs that are behind this run and still open; whether it is to stop at one of them."""
+        from pretrain.folder import write_atomically
+
+        run, rule = self.run, self.rule
+        decided = decisions(run / DECISIONS)
+        total = count(read_json(run / "run.json").get("total_steps"))
+        last, _ = metrics(tail(run / "metrics.jsonl", last=1))
+        if not total or not last:
+            return False
+        behind = {rung: math.ceil(rung * total) for rung in rule.rungs if str(rung) not in decided}
+        behind = {rung: step for rung, step in behind.items() if last[-1]["step"] > step}
+        if behind:
+            self.figures.look()
+        for rung, step in behind.items():
+            value = self.figures.at(step)
+            if value is None:
+                continue
+            others = values_of_others(run, rung, rule.metric)
+            stops = worse(rule, value, others)
+            told = value if finite(value) else None  # JSON has no NaN
+            decided[str(rung)] = {
+                "value": told,
+                "stopped": stops,
+                "others": len(others),
+                "metric": rule.metric,
+            }
+            write_atomically(run / DECISIONS, json.dumps({"rungs": decided}, indent=1) + "\n")
+            if stops:
+                return True
         return False
-    for rung in rule.rungs:
-        step = math.ceil(rung * total)
-        if str(rung) in decided or last[-1]["step"] <= step:
-            continue
-        value = value_at(run, rule.metric, step)
-        if value is None:
-            continue
-        others = values_of_others(run, rung)
-        stops = worse(rule, value, others)
-        decided[str(rung)] = {"value": value, "stopped": stops, "others": len(others), "metric": rule.metric}
-        write_atomically(run / DECISIONS, json.dumps({"rungs": decided}, indent=1) + "\n")
-        if stops:
-            return True
-    return False
+
+
+def decisions(file: Path) -> dict[str, dict[str, Any]]:
+    """What RUN/early_stop.json says of each rung; what is torn or of another shape counts for nothing."""
+    rungs = read_json(file).get("rungs")
+    found = rungs.items() if isinstance(rungs, dict) else ()
+    return {str(rung): decision for rung, decision in found if isinstance(decision, dict)}
 
 
 def value_at(run: Path, metric: str, step: int) -> float | None:
-    """The newest score up to `step`; of a figure in metrics.jsonl, its mean over the last fifth of the way.
+    """As `Figures.at`, for one look."""
+    figures = Figures(run, metric)
+    figures.look()
+    return figures.at(step)
 
-    None where there is no such figure yet.
+
+def values_of_others(run: Path, rung: float, metric: str) -> list[float]:
+    """What the other members of the sweep have written of this rung so far, by the same metric.
+
+    One that was judged by another, before the sweep's rule was changed, has nothing to compare. NaN is one
+    that came so far and has diverged.
     """
-    found = scores(tail(run / "evaluations.jsonl", size=1 << 24), metric)
-    judged = [score.value for score in found if score.step <= step]
-    if judged:
-        return judged[-1]
-    rows = [row for row in tail(run / "metrics.jsonl", size=1 << 30) if row["step"] <= step]
-    near = [row for row in rows if row["step"] > (1 - SPAN) * step] or rows[-1:]
-    values = [row[metric] for row in near if isinstance(row.get(metric), int | float)]
-    return statistics.fmean(values) if values else None
-
-
-def values_of_others(run: Path, rung: float) -> list[float]:
-    """What the other members of the sweep have written of this rung so far."""
     found = (
-        read_json(path).get("rungs", {}).get(str(rung))
-        for path in run.parent.glob(f"*/{DECISIONS}")
-        if path.parent != run
+        decisions(path).get(str(rung), {}) for path in run.parent.glob(f"*/{DECISIONS}") if path.parent != run
     )
-    return [float(decision["value"]) for decision in found if decision]
+    values = (number(each.get("value")) for each in found if each.get("metric") == metric)
+    return [math.nan if value is None else value for value in values]
 
 
 def worse(rule: EarlyStop, value: float, others: Sequence[float]) -> bool:
     """Whether a member with `value` at a rung is to stop there, given the others' values so far."""
-    sign = 1.0 if lower_is_better(rule.metric) else -1.0
-    if math.isnan(value):
-        return True
-    # A NaN has no place in an order: who has diverged is the worst of all.
+    lower = lower_is_better(rule.metric) if rule.best_is is None else rule.best_is == "lowest"
+    sign = 1.0 if lower else -1.0
     own = sign * value
-    rest = sorted(math.inf if math.isnan(other) else sign * other for other in others)
+    rest = sorted(sign * other if finite(other) else math.inf for other in others)
+    if not finite(own):
+        return True
     if rule.rule == "median":
         return len(rest) >= rule.least and own > statistics.median(rest)
     allowed = math.ceil((len(rest) + 1) / rule.reduction)  # of all that came so far, this one included

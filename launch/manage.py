@@ -11,12 +11,17 @@ from pathlib import Path
 
 from configs.errors import RunError
 from launch import queue
+from launch.figures import Figures, of_training
 from launch.logs import rank_log
-from launch.registry import Run, Score, list_runs, look, lower_is_better, scores
-from launch.run_files import holder, lease_held, tail
+from launch.registry import Run, Score, chosen, list_runs, look, lower_is_better, scores
+from launch.run_files import evaluations, has_open, holder, lease_held, objective_text
+from launch.run_shapes import finite
 
 POLL = 0.2
 """Seconds between looks at a log that is followed."""
+
+BY_THE_OBJECTIVE = ("", "objective", "heldout")
+"""Parts in front of a metric's name whose figures come from the run's own loss."""
 
 _LONG_LINE = 4096
 """Bytes; where lines are longer, fewer are shown."""
@@ -77,12 +82,20 @@ def cancel(folders: Sequence[Path], *, now: bool = False) -> list[tuple[Run, str
     told = []
     folders = [folder.absolute() for folder in folders]
     found = look(folders)
+    records = {folder: Submission.of(folder) for folder in folders}
+    here = queue.site().cluster if any(record and record.site for record in records.values()) else None
+    for folder, record in records.items():
+        if record and not record.is_of(here):
+            raise RunError(
+                f"{folder}: is job {record.job_id} of the cluster {record.site}, and this is {here}; "
+                "cancel it there"
+            )
     jobs = queue.states([run.job for run in found if run.job])
     for folder, run in zip(folders, found, strict=True):
-        record = Submission.of(folder)
+        record = records[folder]
         if record and run.state not in ("done", "cancelled"):
             record.cancel(folder)
-        job = jobs.get(run.job or "")
+        job = queue.known_as(jobs.get(run.job or ""), record.name if record else None)
         if run.job and (job is None or job.active):
             saving = job is not None and not job.waiting and not now
             queue.cancel([run.job], to_save=saving)
@@ -98,6 +111,11 @@ def _end_process(folder: Path, now: bool) -> str:
     process = holder(folder)
     if process is None or not lease_held(folder):
         raise RunError(f"{folder}: runs on another machine without SLURM; press Ctrl-C, or kill it there")
+    if not has_open(process, folder / ".lock"):
+        # A number that another process has by now, or that a container counts otherwise.
+        raise RunError(
+            f"{folder}: is held by a process that isn't {process} here, as in a container; end it from there"
+        )
     os.kill(process, signal.SIGKILL if now else signal.SIGTERM)
     return f"process {process} " + ("is killed" if now else "saves and ends")
 
@@ -115,6 +133,8 @@ def resumable(folders: Sequence[Path]) -> list[Run]:
         (run,) = look([folder])
         if run.active or run.state == "done":
             raise RunError(f"{folder}: is {run.state}, there is nothing to resume")
+        if run.state == "unreadable":
+            raise RunError(f"{folder}: {run.note}; restore it from a copy, or remove the run")
         chosen.append(run)
     return chosen
 
@@ -162,31 +182,72 @@ class Candidate:
     score: Score
     exportable: bool  # a checkpoint of that very step is there
 
+    @property
+    def comparable(self) -> bool:
+        """Whether it has a place among the others: NaN and infinities have none."""
+        return finite(self.score.value)
 
-def ranking(root: Path, metric: str) -> list[Candidate]:
+
+def ranking(root: Path, metric: str, *, lower: bool | None = None) -> list[Candidate]:
     """Runs below `root`, the best first, each by its best score among steps that can be exported.
 
-    Where a run has a checkpoint of none of its evaluated steps, its last score counts. "loss" is the last of
-    metrics.jsonl. Raises `RunError` where no run has such a score.
+    Where a run has a checkpoint of none of its evaluated steps, its newest score counts. A figure of
+    metrics.jsonl, such as "loss", is the mean over the last fifth of the run's steps. Runs whose value isn't
+    finite come last. `lower`: whether less is better, None to go by the metric's name. Raises `RunError`
+    where no run has such a score, or where losses of several objectives would be compared.
     """
     from pretrain.checkpoint import published
 
-    lower = lower_is_better(metric)
+    lower = lower_is_better(metric) if lower is None else lower
     found, known = [], set()
     for run in list_runs(root):
         path = Path(run.path)
         saved = {one.step for one in published(path)}
-        if metric == "loss":
-            there = [] if run.loss is None else [Score(metric, run.loss, run.step)]
+        if of_training(metric):
+            figures = Figures(path, metric)
+            figures.look()
+            value = figures.at(figures.newest)
+            there = [] if value is None else [Score(metric, value, figures.newest)]
         else:
-            evaluations = tail(path / "evaluations.jsonl", size=1 << 24)
-            known |= {f"{row.get('name')}/{name}" for row in evaluations for name in row.get("values") or {}}
-            there = scores(evaluations, metric)
-        kept = [score for score in there if score.step in saved] or there[-1:]
-        if kept:
-            score = (min if lower else max)(kept, key=lambda score: score.value)
+            rows, _ = evaluations(path)
+            known |= {f"{row['name']}/{name}" for row in rows for name in row["values"]}
+            there = scores(rows, metric)
+        finite_last = [score for score in there if finite(score.value)][-1:] or there[-1:]
+        score = chosen([score for score in there if score.step in saved] or finite_last, lower)
+        if score is not None:
             found.append(Candidate(run, score, score.step in saved))
     if not found:
         listed = ", ".join(sorted(known)) or "nothing yet"
         raise RunError(f"--metric: no run below {root} has {metric}; evaluated were: {listed}")
-    return sorted(found, key=lambda one: one.score.value, reverse=not lower)
+    _refuse_several_objectives(root, metric, found)
+    sign = 1 if lower else -1
+    return sorted(
+        found, key=lambda one: (not one.comparable, sign * one.score.value if one.comparable else 0)
+    )
+
+
+def _refuse_several_objectives(root: Path, metric: str, found: Sequence[Candidate]) -> None:
+    names = sorted({one.run.objective for one in found})
+    if of_training(metric) and len(names) > 1:
+        raise RunError(
+            f"--metric: {metric} of {' and '.join(names)} can't be compared, and {root} has runs of each; "
+            "use an evaluation, such as knn/top1, or name a folder with runs of one"
+        )
+
+
+def differing_objectives(found: Sequence[Candidate]) -> list[str]:
+    """Settings of their objective in which runs differ, so that figures of its loss may not be comparable."""
+    import yaml
+
+    from configs.loading import leaves
+
+    seen: dict[str, set[str]] = {}
+    for one in found:
+        text = objective_text(Path(one.run.path) / "config.yaml")
+        try:
+            settings = yaml.safe_load(text) or {}
+        except yaml.YAMLError:
+            continue
+        for path, value in leaves(settings):
+            seen.setdefault(path, set()).add(repr(value))
+    return sorted(path for path, values in seen.items() if len(values) > 1)

@@ -17,11 +17,13 @@ from typing import Any, Literal
 from configs.errors import RunError
 from launch import queue
 from launch.queue import GONE, JobState
-from launch.run_files import Facts, Row, is_echo, last_words, read, run_folders
+from launch.run_files import Facts, is_echo, last_words, read, run_folders, stayed
+from launch.run_shapes import Row, finite, number
 
 State = Literal[
-    "new", "pending", "running", "requeued", "stale", "done", "stopped", "failed", "cancelled", "lost"
-]
+    "new", "pending", "running", "requeued", "stale", "done", "stopped", "failed", "cancelled", "lost",
+    "unreadable",
+]  # fmt: skip
 """
 new        prepared, never started
 pending    waits in the queue for the first time
@@ -33,6 +35,7 @@ stopped    left early with a checkpoint
 failed     ended by an error
 cancelled  by keel cancel or scancel
 lost       says that it runs, but its job or process is gone
+unreadable nobody can tell: run.json is torn, or of another shape
 """
 
 STALE_AFTER = 300.0
@@ -75,6 +78,7 @@ class Run:
     job: str | None  # SLURM's id
     heartbeat_age: float | None  # seconds
     reason: str | None  # of the end of the last attempt
+    broken: str = ""  # what of its files can't be read; in the note as well
 
     @property
     def active(self) -> bool:
@@ -89,17 +93,22 @@ class Run:
 
 
 def list_runs(
-    root: Path, *, metric: str | None = None, stale_after: float = STALE_AFTER, now: float | None = None
+    root: Path,
+    *,
+    metric: str | None = None,
+    lower: bool | None = None,
+    stale_after: float = STALE_AFTER,
+    now: float | None = None,
 ) -> list[Run]:
     """Every run at or below `root`, in order of name. `metric`: of evaluations, else each run's first one.
 
-    Raises `RunError` where `root` isn't there.
+    `lower`: whether less of it is better, None to go by its name. Raises `RunError` where `root` isn't there.
     """
     if not root.is_dir():
         raise RunError(f"{root}: no such folder; name one that holds runs")
     with ThreadPoolExecutor(_READERS) as readers:
         facts = list(readers.map(lambda found: read(found, root), sorted(run_folders(root))))
-    return judged(facts, metric=metric, stale_after=stale_after, now=now)
+    return judged(facts, metric=metric, lower=lower, stale_after=stale_after, now=now)
 
 
 def look(runs: Sequence[Path], *, metric: str | None = None) -> list[Run]:
@@ -114,17 +123,39 @@ def judged(
     facts: Sequence[Facts],
     *,
     metric: str | None = None,
+    lower: bool | None = None,
     stale_after: float = STALE_AFTER,
     now: float | None = None,
 ) -> list[Run]:
     """Files and queue put together; SLURM is asked once for all that aren't done."""
     moment = datetime.now().timestamp() if now is None else now
-    asked = [each.slurm_job for each in facts if each.slurm_job and each.run.get("status") != "done"]
-    known = queue.states(asked)
-    return [_run(each, known.get(each.slurm_job or ""), metric, stale_after, moment) for each in facts]
+    asked = [each for each in facts if each.slurm_job and each.run.get("status") != "done"]
+    here = queue.site().cluster if any(each.job.get("site") for each in asked) else None
+    # Another cluster has the same ids for other jobs.
+    ours = [each for each in asked if not here or each.job.get("site") in (None, here)]
+    known = queue.states([each.slurm_job for each in ours if each.slurm_job])
+    jobs = {each.path: queue.known_as(known.get(each.slurm_job or ""), each.job.get("name")) for each in ours}
+    elsewhere = [each for each in asked if each.path not in jobs]
+    away = {each.path: f"its job is the cluster {each.job['site']}'s" for each in elsewhere}
+    return [
+        _run(
+            each, jobs.get(each.path), metric=metric, lower=lower, stale_after=stale_after, now=moment,
+            away=away.get(each.path, ""),
+        )
+        for each in facts
+    ]  # fmt: skip
 
 
-def _run(facts: Facts, job: JobState | None, metric: str | None, stale_after: float, now: float) -> Run:
+def _run(
+    facts: Facts,
+    job: JobState | None,
+    *,
+    metric: str | None,
+    lower: bool | None,
+    stale_after: float,
+    now: float,
+    away: str,
+) -> Run:
     run, last = facts.run, facts.rows[-1] if facts.rows else {}
     attempts = run.get("attempts") or []
     age = _age(run.get("heartbeat"), now)
@@ -138,17 +169,24 @@ def _run(facts: Facts, job: JobState | None, metric: str | None, stale_after: fl
         known = ", ".join(filter(None, [f"SLURM: {job.state}", job.reason]))
         known = f"SLURM knows no job {facts.slurm_job}" if job.state == GONE else known
         note = f"{known}, and nothing was printed; see that its nodes can write to {facts.path}"
-    step, total = max(int(last.get("step", 0)), int(run.get("step", 0))), run.get("total_steps")
-    pace = [row["seconds"] for row in facts.rows if row.get("seconds")]
+    if facts.unknown and state not in ("pending", "running", "requeued"):
+        state, note = "unreadable", ""
+    if state == "new" and away:
+        note = ""  # it isn't SLURM that doesn't answer
+    why = stayed(facts) if state in ("stopped", "failed", "lost") else ""
+    note = "; ".join(filter(None, [facts.broken, note, why and f"not run again: {why}", away]))
+    step, total = max(last.get("step", 0), run.get("step", 0)), run.get("total_steps")
+    pace = [row["seconds"] for row in facts.rows if finite(row.get("seconds")) and row["seconds"] > 0]
     eta = None
     if state == "running" and pace and total:
         eta = (total - step) * sum(pace) / len(pace)
     return Run(
         path=str(facts.path), name=facts.name, objective=facts.objective, state=state, note=note,
-        step=step, total=total, loss=last.get("loss"), best=best(facts.evaluations, metric),
+        broken=facts.broken,
+        step=step, total=total, loss=last.get("loss"), best=best(facts.evaluations, metric, lower=lower),
         samples_per_second=last.get("samples_per_second"), eta=eta,
         restarts=max(0, len(attempts) - 1), host=(job.nodes if job else "") or run.get("host") or "",
-        job=facts.slurm_job, heartbeat_age=age, reason=attempts[-1].get("reason") if attempts else None,
+        job=facts.slurm_job, heartbeat_age=age, reason=_reason(attempts),
     )  # fmt: skip
 
 
@@ -184,12 +222,18 @@ def judge(
     if status == "failed":
         return "failed", error
     if status == "stopped":
-        return "stopped", str((attempts[-1].get("reason") if attempts else None) or "")
+        return "stopped", _reason(attempts) or ""
     if job is not None:
         return _without_a_word(job)
     if status == "running":
         return ("lost", "") if held is False and not submitted else ("stale" if silent else "running", "")
     return "new", "submitted, but SLURM doesn't answer" if submitted else ""
+
+
+def _reason(attempts: Sequence[Row]) -> str | None:
+    """Why the last attempt ended, None where it hasn't."""
+    reason = attempts[-1].get("reason") if attempts else None
+    return reason if isinstance(reason, str) else None
 
 
 def _without_a_word(job: JobState) -> tuple[State, str]:
@@ -199,26 +243,33 @@ def _without_a_word(job: JobState) -> tuple[State, str]:
     return "lost", "" if job.state in (GONE, "COMPLETED") else f"SLURM: {job.state}"
 
 
-def best(evaluations: Sequence[Row], metric: str | None = None) -> Score | None:
-    """The best value of "knn/top1" and the like, the lowest of a loss; by default the first metric."""
+def best(evaluations: Sequence[Row], metric: str | None = None, *, lower: bool | None = None) -> Score | None:
+    """The best value of "knn/top1" and the like; by default of the first metric.
+
+    `lower`: whether less is better, None to go by the name. What isn't finite is never the best; where
+    nothing else is there, the newest value is given.
+    """
     for row in evaluations:
-        values = row.get("values") or {}
-        if metric is None and values:
-            metric = f"{row.get('name')}/{next(iter(values))}"
+        if metric is None and row["values"]:
+            metric = f"{row['name']}/{next(iter(row['values']))}"
     found = scores(evaluations, metric) if metric else []
-    if not found:
-        return None
-    return (min if lower_is_better(metric or "") else max)(found, key=lambda score: score.value)
+    return chosen(found, lower_is_better(metric or "") if lower is None else lower)
+
+
+def chosen(found: Sequence[Score], lower: bool) -> Score | None:
+    """The best score of a run's, or the newest where none is finite; None of none."""
+    known = [score for score in found if finite(score.value)]
+    if not known:
+        return found[-1] if found else None
+    return (min if lower else max)(known, key=lambda score: score.value)
 
 
 def scores(evaluations: Sequence[Row], metric: str) -> list[Score]:
-    """All values of one metric, oldest first."""
+    """All values of one metric, oldest first, NaN and infinities among them."""
     name, _, figure = metric.rpartition("/")
-    rows = (row for row in evaluations if row.get("name") == name)
-    values = ((row.get("values", {}).get(figure), row.get("step", 0)) for row in rows)
-    return [
-        Score(metric, float(value), int(step)) for value, step in values if isinstance(value, int | float)
-    ]
+    rows = (row for row in evaluations if row["name"] == name)
+    values = ((number(row["values"].get(figure)), row["step"]) for row in rows)
+    return [Score(metric, value, step) for value, step in values if value is not None]
 
 
 def lower_is_better(metric: str) -> bool:
@@ -229,12 +280,12 @@ def lower_is_better(metric: str) -> bool:
 def _age(heartbeat: str | None, now: float) -> float | None:
     try:
         return None if heartbeat is None else max(0.0, now - datetime.fromisoformat(heartbeat).timestamp())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
 def sorter(key: str) -> Callable[[Run], tuple[bool, Any]]:
-    """Order by a column, what is missing last. Raises `RunError` naming the columns."""
+    """Order by a column, what is missing or not finite last. Raises `RunError` naming the columns."""
     columns = list(Run.__dataclass_fields__)
     if key not in columns:
         raise RunError(f"--sort: found {key}; there are {', '.join(columns)}")
@@ -242,6 +293,7 @@ def sorter(key: str) -> Callable[[Run], tuple[bool, Any]]:
     def place(run: Run) -> tuple[bool, Any]:
         value = getattr(run, key)
         value = value.value if isinstance(value, Score) else value
-        return value is None, 0 if value is None else value
+        missing = value is None or (isinstance(value, float) and not finite(value))
+        return missing, 0 if missing else value
 
     return place

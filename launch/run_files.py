@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import platform
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json  # several times as quick as the standard library's
 
+from launch import run_shapes
+from launch.run_shapes import Row
+
 _TAIL = 16_384
 _ERROR = re.compile(r"error: |[\w.]*(?:Error|Exception|Interrupt)\b|.*\b(?:Killed|Segmentation fault|oom)\b")
 _ECHO = re.compile(r"Connection (?:closed|reset) by peer|gloo.*Broken pipe|ncclRemoteError", re.DOTALL)
 
-Row = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class Facts:
-    """What the files of a run say."""
+    """What the files of a run say, as far as they have the shapes they should have."""
 
     path: Path
     name: str
@@ -32,11 +34,13 @@ class Facts:
     rows: Sequence[Row]  # the last few of metrics.jsonl
     evaluations: Sequence[Row]
     held: bool | None  # whether a process of this machine holds its lease; None where that can't be told
+    broken: str = ""  # what can't be read, and which file that is in; empty where all is well
+    unknown: bool = False  # whether that leaves open how the run stands
 
     @property
     def slurm_job(self) -> str | None:
         """SLURM's id; a local executor's is a process id, which SLURM must not be asked about."""
-        if self.job.get("cluster", {}).get("executor", "slurm") != "slurm":
+        if self.job.get("cluster", {"executor": "unknown"}).get("executor", "slurm") != "slurm":
             return None
         return self.job.get("job_id")
 
@@ -62,22 +66,61 @@ def run_folders(root: Path) -> Iterator[Path]:
 
 
 def read(path: Path, root: Path) -> Facts:
-    """Everything that is read of a run; a file that is missing or torn counts for nothing."""
-    run, job = read_json(path / "run.json"), read_json(path / "slurm.json")
+    """Everything that is read of a run; what is missing, torn or of another shape counts for nothing."""
+    found, torn = _object(path / "run.json")
+    run, wrong = run_shapes.run_state(found)
+    run = {key: value for key, value in run.items() if value is not None}
+    submitted, unsubmitted = _object(path / "slurm.json")
+    job, odd = run_shapes.submission(submitted)
+    rows, odd_rows = run_shapes.metrics(_parsed(path / "metrics.jsonl", last=5))
+    judged, odd_evaluations = evaluations(path, 1 << 20)
+    unknown = bool(torn) or ("status" in found and "status" not in run)
+    if not found and not torn and rows:
+        unknown, torn = True, "run.json: is gone, and the run has trained"
+    problems = [torn, *wrong, unsubmitted, *odd, *odd_rows, *odd_evaluations]
     return Facts(
         path=path,
         name=str(path.relative_to(root)) if path != root else path.name,
         run=run,
         job=job,
         objective=_objective(path / "config.yaml"),
-        rows=tail(path / "metrics.jsonl", last=5),
-        evaluations=tail(path / "evaluations.jsonl", size=1 << 20),
+        rows=rows,
+        evaluations=judged,
         held=None if run.get("status") == "done" else lease_held(path),
+        broken=next((problem for problem in problems if problem), ""),
+        unknown=unknown,
     )
+
+
+def evaluations(path: Path, size: int = 1 << 24) -> tuple[list[Row], list[str]]:
+    """(rows of the run's evaluations.jsonl that can be used, what is wrong with the others)."""
+    return run_shapes.evaluations(_parsed(path / "evaluations.jsonl", size))
+
+
+def _object(path: Path) -> tuple[Row, str]:
+    """(a JSON object, why there is none although the file is there)."""
+    data, _ = _end(path, 1 << 24)
+    try:
+        if not data and not path.exists():
+            return {}, ""
+        if not data and not os.access(path, os.R_OK):
+            return {}, f"{path.name}: can't be read; look at its owner"
+        found = from_json(data)
+    except OSError as error:
+        return {}, f"{path.name}: can't be read: {error.strerror}"
+    except ValueError:
+        return {}, f"{path.name}: is torn, or no JSON"
+    return (found, "") if isinstance(found, dict) else ({}, f"{path.name}: holds no JSON object")
 
 
 def tail(path: Path, size: int = _TAIL, last: int | None = None) -> list[Row]:
     """The whole rows within the last `size` bytes of a JSON-lines file, the `last` few of them."""
+    rows: list[Row] = [row for row in _parsed(path, size, last) if isinstance(row, dict)]
+    return rows
+
+
+def _parsed(path: Path, size: int = _TAIL, last: int | None = None) -> list[Any]:
+    """As `tail`, with whatever JSON the lines hold."""
     data, cut = _end(path, size)
     lines = [line for line in data.split(b"\n")[1 if cut else 0 :] if line]
     lines = lines[-last - 1 :] if last else lines  # one more, should a kill have cut the last
@@ -86,8 +129,7 @@ def tail(path: Path, size: int = _TAIL, last: int | None = None) -> list[Row]:
         found = from_json(b"[" + b",".join(lines) + b"]")
     except ValueError:
         found = [row for line in lines for row in _rows(line)]
-    rows: list[Row] = [row for row in found if isinstance(row, dict)]
-    return rows[-last if last else 0 :]
+    return found[-last if last else 0 :]
 
 
 def _rows(line: bytes) -> list[Any]:
@@ -112,6 +154,20 @@ def lease_held(path: Path) -> bool | None:
         return None
 
 
+def has_open(process: int, path: Path) -> bool:
+    """Whether a process of this machine has a file open: its number alone doesn't make it the one meant."""
+    try:
+        wanted = path.stat()
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found = descriptor.stat()
+                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    return True
+    except OSError:
+        return False
+    return False
+
+
 def holder(path: Path) -> int | None:
     """Process id of the last that held the run's lease, if that was on this machine."""
     said = re.fullmatch(rb"process (\d+) on (\S+)\s*", _end(path / ".lock", 200)[0])
@@ -126,6 +182,14 @@ def last_words(facts: Facts) -> str:
     spoken = [_last_line(_end(log, _TAIL)[0].decode(errors="replace")) for log in logs]
     errors = [line for line, error in spoken if error]
     return next(iter(errors or [line for line, _ in spoken if line]), "")
+
+
+def stayed(facts: Facts) -> str:
+    """Why the run's job wasn't run again although the run was to go on; empty where nothing is said of it."""
+    if not (facts.job.get("log_folder") and facts.slurm_job):
+        return ""
+    said = _end(Path(facts.job["log_folder"]) / f"{facts.slurm_job}.stays", 1000)[0]
+    return " ".join(said.decode(errors="replace").split())
 
 
 def _last_line(text: str) -> tuple[str, bool]:
@@ -157,15 +221,17 @@ def is_echo(text: str) -> bool:
 
 def read_json(path: Path) -> Row:
     """A JSON object; empty where there is none or it is torn."""
-    try:
-        found = from_json(_end(path, 1 << 24)[0])
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+    return _object(path)[0]
 
 
 def _objective(config: Path) -> str:
     """`objective.name`, by its place in the dumped text: a YAML parser takes a thousand times as long."""
-    text = _end(config, 1 << 16)[0].decode(errors="replace")
-    named = re.search(r"^objective:\n(?:  .*\n)*?  name: (\S+)$", text, re.MULTILINE)
+    named = re.search(r"^  name: (\S+)$", objective_text(config), re.MULTILINE)
     return named[1].strip("'\"") if named else ""
+
+
+def objective_text(config: Path) -> str:
+    """The section `objective` of a dumped config, as text; empty where there is none."""
+    text = _end(config, 1 << 16)[0].decode(errors="replace")
+    section = re.search(r"^objective:\n(?:  .*\n)*", text, re.MULTILINE)
+    return section[0] if section else ""

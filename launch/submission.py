@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from configs.errors import RunError
+from launch.places import writing
+from launch.run_shapes import submission
 from pretrain.folder import now, write_atomically
 
 FILE = "slurm.json"
@@ -24,17 +27,35 @@ class Submission:
     code: str  # snapshot that the job runs
     history: Sequence[str] = ()  # ids of older jobs
     cancelled: str | None = None  # when the user asked that it stay away
+    site: str | None = None  # SLURM's name of the cluster that gave the id: another has the same ids
+    name: str | None = None  # the job's: ids are given away again some day
+
+    def is_of(self, cluster: str | None) -> bool:
+        """Whether `cluster`, as SLURM calls itself, can be asked about the job; True where it isn't known."""
+        return not self.site or not cluster or self.site == cluster
 
     @classmethod
     def of(cls, root: Path) -> Self | None:
-        """That of the run in `root`, None where it was never submitted."""
+        """That of the run in `root`, None where it was never submitted. Raises `RunError` where torn."""
+        file = root / FILE
         try:
-            return cls(**json.loads((root / FILE).read_text()))
+            found = json.loads(file.read_text())
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file}: can't be read ({error}); restore it, or remove it") from error
+        names = {each.name for each in fields(cls)}
+        kept, wrong = submission(found) if isinstance(found, dict) else ({}, ["holds no JSON object"])
+        missing = {"job_id", "cluster"} - kept.keys()
+        if wrong or missing:
+            what = wrong[0] if wrong else f"it has no {min(missing)}"
+            raise RunError(f"{file}: can't be used ({what}); restore it, or remove it")
+        empty = {"submitted": "", "log_folder": "", "code": ""}
+        return cls(**(empty | {name: value for name, value in kept.items() if name in names}))
 
     def write(self, root: Path) -> None:
-        write_atomically(root / FILE, json.dumps(asdict(self), indent=1))
+        with writing(root / FILE):
+            write_atomically(root / FILE, json.dumps(asdict(self), indent=1))
 
     def cancel(self, root: Path) -> None:
         """Mark it, before the job is told: a job that sees the mark doesn't come back."""

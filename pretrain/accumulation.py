@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
+from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain.types import Engine, LossOutput, Objective, Progress, WholeBatchObjective
 
@@ -24,7 +26,7 @@ class SumOfMicroBatches:
         batch, prepare = batch.to(engine.device), self.prepare
         if self.objective.needs_whole_share:
             batch, prepare = prepare(batch), lambda micro_batch: micro_batch
-            with torch.no_grad():
+            with torch.no_grad(), _explained(self.objective):
                 self.objective.before_step(batch, progress)
         outputs = []
         for micro_batch in batch.split(self.micro_batch_size):
@@ -51,10 +53,46 @@ Accumulate = SumOfMicroBatches | WholeShare
 
 
 def accumulate_for(objective: Objective, micro_batch_size: int, prepare: Prepare) -> Accumulate:
-    """How a global batch becomes gradients, as the objective's kind of loss allows."""
+    """How a global batch becomes gradients, as the objective's kind of loss allows.
+
+    Raises `ConfigError` where the objective has a `before_step` that would never be called.
+    """
+    require_called(objective)
     if isinstance(objective, WholeBatchObjective):
         return WholeShare(prepare)
     return SumOfMicroBatches(objective, micro_batch_size, prepare)
+
+
+def require_called(objective: Objective) -> None:
+    """Refuse a `before_step` that would never be called. Raises `ConfigError`."""
+    name, overridden = type(objective).__name__, type(objective).before_step is not Objective.before_step
+    if isinstance(objective, WholeBatchObjective) and (overridden or objective.needs_whole_share):
+        raise ConfigError(
+            f"objective.name: {name} is a WholeBatchObjective, whose before_step isn't called: `loss` has "
+            "this rank's whole share in its hands; do it there, or derive from Objective"
+        )
+    if overridden and not objective.needs_whole_share:
+        raise ConfigError(
+            f"objective.name: {name} has a before_step that isn't called; set needs_whole_share = True in "
+            "its class"
+        )
+
+
+@contextmanager
+def _explained(objective: Objective) -> Iterator[None]:
+    """An error says which parameters ZeRO-3 has taken apart: outside of a forward they are empty."""
+    try:
+        yield
+    except Exception as error:
+        named = objective.named_parameters()
+        apart = [name for name, p in named if p.numel() == 0 and hasattr(p, "ds_shape")]
+        if apart:
+            error.add_note(
+                f"under ZeRO-3 {len(apart)} parameters, such as {apart[0]}, have shape [0] outside of the "
+                "forward of the module that holds them: call that module in before_step instead of reading "
+                "its weights, or set train.zero_stage to at most 2"
+            )
+        raise
 
 
 def mean_of(outputs: list[LossOutput]) -> LossOutput:

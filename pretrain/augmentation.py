@@ -28,6 +28,7 @@ class Augmentation(Config):
     saturation: float = pydantic.Field(0.4, ge=0)
     hue: float = pydantic.Field(0.1, ge=0, le=0.5)
     grayscale: float = pydantic.Field(0.0, ge=0, le=1)
+    grayscale_first: bool = False  # before the jitter, as in MoCo v1: grey pictures are jittered as grey
     blur: float = pydantic.Field(0.0, ge=0, le=1)
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # pixels
     solarize: float = pydantic.Field(0.0, ge=0, le=1)
@@ -44,6 +45,7 @@ class Augmentation(Config):
             if self.jitter
             else None,
             grayscale=self.grayscale,
+            grayscale_first=self.grayscale_first,
             blur=GaussianBlur(self.blur_sigma, self.blur) if self.blur else None,
             solarize=Solarize(self.solarize) if self.solarize else None,
         )

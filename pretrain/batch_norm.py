@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs.errors import ConfigError
-from pretrain.collectives import ranks, total
+from pretrain.collectives import gather, ranks
 
 Kind = Literal["rank", "sync", "grouped"]
 
@@ -80,18 +80,31 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(input)
         x = input.float()
-        over = [0, *range(2, x.ndim)]
-        moments = torch.stack([x.mean(over), x.square().mean(over)])
-        moments = total(moments) / ranks()
-        mean, variance = moments[0], (moments[1] - moments[0].square()).clamp(min=0)
+        mean, variance = _moments(x)
         count = x.numel() // x.shape[1] * ranks()
         _remember(self, mean.detach(), variance.detach() * count / max(count - 1, 1))
         shape = (1, -1, *[1] * (x.ndim - 2))
         scale = (variance + self.eps).rsqrt()
         if self.weight is not None:
             scale = scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
-        return (x * scale.view(shape) + shift.view(shape)).to(input.dtype)
+        # The mean goes first: x * scale and mean * scale may be large and nearly equal.
+        normalised = (x - mean.view(shape)) * scale.view(shape)
+        return (normalised if self.bias is None else normalised + self.bias.view(shape)).to(input.dtype)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (C,) each, of all ranks' (B, C, ...) float32 samples. With gradient.
+
+    From each rank's own mean and variance (Chan et al. 1979, "Updating formulae and a pairwise algorithm for
+    computing sample variances", eq. 2.1): the mean of squares less the square of the mean would lose all its
+    digits where the mean is far from 0.
+    """
+    over = [0, *range(2, x.ndim)]
+    variance, mean = torch.var_mean(x, over, correction=0)
+    # (R, C) each; every rank has as many samples.
+    means, variances = gather(torch.stack([mean, variance])[None]).unbind(1)
+    mean = means.mean(0)
+    return mean, (variances + (means - mean).square()).mean(0)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from configs.errors import ConfigError
@@ -63,7 +63,7 @@ class KeepBest:
         if scores.kind == self.name and progress.done:
             there = [each for each in checkpoint.published(self.run_dir) if each.step == progress.step]
             if there:
-                self.pin(there[0].path.name, scores.values[self.figure])
+                self.pin(there[0].path.name, float(self._figure_of(scores.values)))
 
     def finish(self, progress: Progress, reason: StopReason) -> None:
         """Nothing is left to do."""
@@ -79,18 +79,25 @@ class KeepBest:
         found = [row["values"] for row in rows if row["step"] == step and row["name"] == self.name]
         if not found:
             return None
-        if self.figure not in found[-1]:
-            raise ConfigError(
-                f"checkpoint.best: {self.name} has no figure {self.figure}; it has: {', '.join(found[-1])}"
-            )
-        value = float(found[-1][self.figure])
+        value = float(self._figure_of(found[-1]))
         return value if self._better(value) else None
 
+    def _figure_of(self, values: Mapping[str, float]) -> float:
+        if self.figure not in values:
+            raise ConfigError(
+                f"checkpoint.best: {self.name} has no figure {self.figure}; it has: {', '.join(values)}"
+            )
+        return values[self.figure]
+
     def _better(self, value: float) -> bool:
-        """NaN is never better, and anything is better than it."""
-        if math.isnan(value):
+        """NaN and infinities, as of a run that diverges, are never the best: else nothing could beat them."""
+        if not math.isfinite(value):
             return False
         pinned = checkpoint.pins(self.run_dir).get(self.reason)
-        if pinned is None or not isinstance(pinned["value"], int | float) or math.isnan(pinned["value"]):
+        if (
+            pinned is None
+            or not isinstance(pinned["value"], int | float)
+            or not math.isfinite(pinned["value"])
+        ):
             return True
         return self.sign * value > self.sign * float(pinned["value"])

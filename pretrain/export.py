@@ -34,8 +34,8 @@ from torch import Tensor, nn
 
 from configs.errors import RunError
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders, export_card
-from pretrain.encoders import EncoderConfig, torchvision_compat
+from pretrain import encoders, export_card, export_reopen
+from pretrain.encoders import EncoderConfig, registered, torchvision_compat
 from pretrain.export_card import Card, Story
 from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
 from pretrain.trained import read
@@ -67,6 +67,7 @@ class ExportResult:
     architecture: str
     parameters: int
     max_difference: float  # of features and tokens, fresh process against the trained encoder
+    remarks: tuple[str, ...] = ()  # what is otherwise than the run had it, or couldn't be compared
 
 
 def export(
@@ -84,6 +85,7 @@ def export(
     Straight from the checkpoint, whatever ranks and ZeRO stage wrote it: needs no process group and no GPU.
     """
     _refuse_taken(to, force)
+    require_importable()
     trained = read(run, step, weights)
     story = Story(trained.facts(), trained.recipe(), trained.losses())
     backbone = Backbone(trained.encoder, trained.config.encoder, trained.view, story, licence)
@@ -105,6 +107,12 @@ def write(backbone: Backbone, to: Path, *, form: Format = "timm", force: bool = 
             export_card.write(_card(backbone, form, difference), backbone.story, partial)
     count = encoders.parameter_count(backbone.encoder)
     return ExportResult(to, backbone.config.name, count, difference)
+
+
+def require_importable() -> None:
+    """Raises `RunError` where a fresh process can't import timm here, for want of torchvision."""
+    if (problem := torchvision_compat.problem()) is not None:
+        raise RunError(problem)
 
 
 def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -139,13 +147,13 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     pretrained = {
         "tag": "keel",
         "custom_load": False,
-        "input_size": [3, *view.size],
+        "input_size": [view.channels, *view.size],
         "fixed_input_size": bool(known.get("fixed_input_size", False)),
         "interpolation": view.interpolation,
         "crop_pct": view.crop.fraction,
         "crop_mode": "center",
-        "mean": list(view.mean),
-        "std": list(view.std),
+        "mean": list(view.statistics[0]),
+        "std": list(view.statistics[1]),
         "num_classes": 0,
         "pool_size": None,
         "first_conv": known.get("first_conv"),
@@ -159,24 +167,22 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
         "global_pool": _pooling(backbone),
         "model_args": model_args(backbone),
         "pretrained_cfg": pretrained,
-        "keel": {"lowest_timm": LOWEST_TIMM, **backbone.story.facts},
+        "keel": {"lowest_timm": LOWEST_TIMM, "imports": _imports(backbone), **backbone.story.facts},
     }
 
 
 def model_args(backbone: Backbone) -> dict[str, Any]:
-    """Every argument that makes the same network again, and pools as the run's evaluations did."""
-    arguments = dict(backbone.config.args)
-    if encoders.has_image_size(backbone.config.name):
-        arguments.setdefault("img_size", list(backbone.view.size))
-    if backbone.config.pooling == "avg" and encoders.is_vit(backbone.encoder):
-        # fc_norm=False keeps the norm in front of the mean, as it was trained; timm would move it behind
-        arguments |= {"global_pool": "avg", "fc_norm": False}
-    return arguments
+    """Every argument that makes the same network again, and pools as it was trained."""
+    return encoders.arguments(backbone.config, backbone.view.size)
 
 
 def _pooling(backbone: Backbone) -> str:
-    asked = model_args(backbone).get("global_pool")
-    return str(asked or getattr(backbone.encoder, "global_pool", None) or "avg")
+    return str(model_args(backbone).get("global_pool") or encoders.own_pooling(backbone.encoder) or "avg")
+
+
+def _imports(backbone: Backbone) -> list[str]:
+    """Modules without which timm doesn't know the architecture."""
+    return registered.origins(backbone.config.name, backbone.config.imports)
 
 
 def verify(backbone: Backbone, folder: Path, form: Format = "timm") -> float:
@@ -185,14 +191,15 @@ def verify(backbone: Backbone, folder: Path, form: Format = "timm") -> float:
     Raises `RunError` where the encoder itself isn't finite, `ExportMismatchError` where the difference is
     `export_check.TOLERANCE` or more, or where the folder doesn't open.
     """
-    images = torch.randn(2, 3, *backbone.view.size, generator=torch.Generator().manual_seed(0))
+    view = backbone.view
+    images = torch.randn(2, view.channels, *view.size, generator=torch.Generator().manual_seed(0))
     encoder: Any = backbone.encoder
     was_training = encoder.training
     encoder.eval()
     with torch.no_grad():
         expected = {
-            "features": encoders.features(encoder, images, backbone.config.pooling),
-            "tokens": encoder.forward_features(images),
+            "features": encoders.features(encoder, images),
+            "tokens": export_reopen.tokens(encoder, images),
         }
     encoder.train(was_training)
     require_finite(dict(encoder.named_parameters()) | expected)
@@ -204,9 +211,10 @@ def _reopened(folder: Path, images: Tensor, form: Format = "timm") -> dict[str, 
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"images": images}, inputs)
         name = f"local-dir:{folder.absolute()}" if form == "timm" else _in_a_cache(folder, Path(scratch))
-        script, shim = Path(__file__).with_name("export_reopen.py"), torchvision_compat.__file__
+        script = Path(__file__).with_name("export_reopen.py")
         # -P: neither the working directory nor the script's own folder may offer modules
-        command = [sys.executable, "-P", str(script), name, str(inputs), str(outputs), shim]
+        command = [sys.executable, "-P", str(script), name, str(inputs), str(outputs)]
+        command += registered.opened_with(json.loads((folder / "config.json").read_text()))
         offline = {"HF_HUB_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
             command, cwd=scratch, env=os.environ | offline, capture_output=True, text=True, timeout=600,
@@ -233,9 +241,16 @@ def _card(backbone: Backbone, form: Format, difference: float) -> Card:
     place = "local-dir:path/to/this/folder" if form == "timm" else "hf-hub:OWNER/NAME"
     note = (
         "`timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares images as the\n"
-        f"run's evaluations did (mean {view.mean}, std {view.std}, {view.interpolation}).\n"
+        f"run's evaluations did (mean {view.statistics[0]}, std {view.statistics[1]}, "
+        f"{view.interpolation}).\n"
         f"Needs timm {LOWEST_TIMM} or later; add `num_classes=N` for a fresh classifier."
     )
+    if view.grey:
+        note += (
+            '\nIt takes grey pictures of one channel: convert them first, `image.convert("L")`, as '
+            "timm's\n`input_img_mode='L'` does."
+        )
+    imports = _imports(backbone)
     if form == "hf":
         note += (
             "\n\nUpload this folder with `hf upload OWNER/NAME path/to/this/folder`. transformers opens it,\n"
@@ -248,8 +263,10 @@ def _card(backbone: Backbone, form: Format, difference: float) -> Card:
         licence=backbone.licence,
         loading=(
             "import timm\n"
-            f'model = timm.create_model("{place}", pretrained=True)  # without `pretrained`: random!\n'
-            f"features = model.eval()(images)  # (B, 3, {view.size[0]}, {view.size[1]}) -> (B, {width})"
+            + "".join(f"import {name}  # registers the architecture\n" for name in imports)
+            + f'model = timm.create_model("{place}", pretrained=True)  # without `pretrained`: random!\n'
+            f"features = model.eval()(images)  # (B, {view.channels}, {view.size[0]}, {view.size[1]}) -> "
+            f"(B, {width})"
         ),
         note=note,
         difference=difference,

@@ -12,37 +12,42 @@ As with timm, the folder gets its name after a fresh process has opened it and c
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from configs.errors import RunError
 from data_pipeline.tokenize import open_tokenizer
 from pretrain import encoders, export_card
-from pretrain.encoders import torchvision_compat
-from pretrain.encoders.text import TextTower
-from pretrain.export import ExportResult, folder_for, save_weights, writing_to
+from pretrain.encoders.text import QuickGELU, TextTower
+from pretrain.export import ExportResult, folder_for, require_importable, save_weights, writing_to
 from pretrain.export_card import Card, Story
 from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
 from pretrain.trained import Trained, read, read_objective
 
-CAPTIONS = ("a small red star at the top left", "Two dogs, one cat!", "it's  3.5 °C — naïve café", "a " * 200)
-"""What the tokens of the fresh process are compared on."""
+CAPTIONS = (
+    "a small red star at the top left", "Two dogs, one cat!", "it's 3.5 °C — naïve café", "赤い円 😀",
+    "a " * 200, "a red circle &amp;amp; more", "  a   red\tcircle \n", "\uff57\uff49\uff44\uff45 letters",
+    "schÃ¶n kaputt", "a b\u200b c", "<|endoftext|> hi", "",
+)  # fmt: skip
+"""What the tokens of the fresh process are compared on: clean ones, and such as open_clip cleans."""
 
 
 class Pair(Protocol):
     """An objective with an image and a text tower in one space, such as objectives/clip.py."""
 
     encoder: nn.Module
-    image_projection: nn.Linear
+    image_projection: nn.Module  # linear, or nothing where the tower's feature is the embedding
     text: TextTower
     logit_scale: nn.Parameter  # (1,) natural logarithm
 
@@ -54,6 +59,11 @@ def export(
     run: Path, to: Path, *, step: int | None = None, force: bool = False, licence: str = "other"
 ) -> ExportResult:
     """Export both towers of a run's newest checkpoint, or that at `step`. Raises as `pretrain.export`."""
+    require_importable()
+    if importlib.util.find_spec("open_clip") is None:
+        raise RunError(
+            "--format open_clip: needs the package open_clip_torch; install keel's extra open-clip"
+        )
     trained = read(run, step)
     objective = read_objective(trained)
     if not isinstance(getattr(objective, "text", None), TextTower):
@@ -65,12 +75,13 @@ def export(
     with folder_for(to, force=force, ours="open_clip_config.json") as folder:
         with writing_to(to):
             _write(pair, trained, folder)
-        difference = _verify(pair, trained, folder)
+        difference, tokens = _verify(pair, trained, folder)
+        remarks = _remarks(trained, tokens)
         with writing_to(to):
             story = Story(trained.facts(), trained.recipe(), trained.losses())
-            export_card.write(_card(trained, difference, licence), story, folder)
+            export_card.write(_card(trained, difference, remarks, licence), story, folder)
     count = encoders.parameter_count(objective)
-    return ExportResult(to, f"{trained.config.encoder.name} with a text tower", count, difference)
+    return ExportResult(to, f"{trained.config.encoder.name} with a text tower", count, difference, remarks)
 
 
 def _write(pair: Pair, trained: Trained, folder: Path) -> None:
@@ -90,27 +101,61 @@ def _write(pair: Pair, trained: Trained, folder: Path) -> None:
 
 def _image_tower(pair: Pair, trained: Trained) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights under open_clip's names, and `model_cfg` without the text."""
-    config, size = trained.config.encoder, list(trained.image_size)
-    embedding = pair.image_projection.out_features
-    if encoders.is_vit(pair.encoder):
+    if trained.view.grey:
+        raise RunError(
+            "encoder.args.in_chans: found 1; open_clip's towers take RGB; export with --format timm"
+        )
+    size, projection = list(trained.image_size), pair.image_projection
+    linear = projection.weight.detach() if isinstance(projection, nn.Linear) else None
+    # One switch for both towers; a tower of timm's is as timm has it.
+    common = {"embed_dim": pair.text.text_projection.shape[1], "quick_gelu": _quick(pair)}
+    if linear is not None and encoders.is_vit(pair.encoder) and pair.encoder.attn_pool is None:
         weights, vision = _vit(pair.encoder)
-        weights["visual.proj"] = pair.image_projection.weight.detach().T
-        quick = "quickgelu" in config.name or config.args.get("act_layer") == "quick_gelu"
-        if quick:
+        if _activation(pair.encoder) != pair.text.config.activation:
             raise RunError(
-                "encoder: open_clip's quick_gelu is for both towers at once, and keel's text tower has the "
-                "exact GELU; export with --format timm"
+                f"encoder: its activation is {_activation(pair.encoder)}, the text tower's "
+                f"{pair.text.config.activation}, and open_clip has one of gelu and quick_gelu for both "
+                "towers; export with --format timm"
             )
-        return weights, {"embed_dim": embedding, "vision_cfg": {**vision, "image_size": size}}
+        return weights | {"visual.proj": linear.T}, {**common, "vision_cfg": {**vision, "image_size": size}}
+    weights = {f"visual.trunk.{name}": value for name, value in pair.encoder.state_dict().items()}
+    if linear is not None:
+        weights["visual.head.proj.weight"] = linear
+    vision = _of_timm(pair.encoder, trained) | {"timm_proj": "none" if linear is None else "linear"}
+    return weights, {**common, "vision_cfg": {**vision, "image_size": size}, "custom_text": False}
+
+
+def _of_timm(encoder: Any, trained: Trained) -> dict[str, Any]:
+    """`vision_cfg` of a network that open_clip asks timm for."""
+    config, pooled = trained.config.encoder, encoders.is_vit(encoder)
     if config.args:
         raise RunError(
             f"encoder.args: found {config.args}; open_clip makes timm's {config.name} by its name only; "
             "export with --format timm"
         )
-    weights = {f"visual.trunk.{name}": value for name, value in pair.encoder.state_dict().items()}
-    weights["visual.head.proj.weight"] = pair.image_projection.weight.detach()
-    vision = {"timm_model_name": config.name, "timm_pool": "avg", "timm_proj": "linear", "image_size": size}
-    return weights, {"embed_dim": embedding, "vision_cfg": vision, "custom_text": False}
+    if pooled and encoder.attn_pool is None:
+        raise RunError(
+            "objective.projection: found false; open_clip's own image tower has one; "
+            "export with --format timm"
+        )
+    if pooled and tuple(encoder.pretrained_cfg["input_size"][1:]) != tuple(trained.image_size):
+        raise RunError(
+            f"data.image_size: found {trained.image_size}; open_clip makes timm's {config.name} for "
+            f"{encoder.pretrained_cfg['input_size'][1:]} only; export with --format timm"
+        )
+    return {"timm_model_name": config.name, "timm_pool": "map" if pooled else "avg"}
+
+
+def _quick(pair: Pair) -> bool:
+    return pair.text.config.activation == "quick_gelu"
+
+
+def _activation(encoder: Any) -> str:
+    """What lies between the two layers of a ViT's MLP, by what it computes."""
+    activation, x = encoder.blocks[0].mlp.act, torch.linspace(-4, 4, 101)
+    known = {"gelu": functional.gelu(x), "quick_gelu": QuickGELU()(x)}
+    found = [name for name, values in known.items() if torch.allclose(activation(x), values, atol=1e-6)]
+    return found[0] if found else type(activation).__name__
 
 
 def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -119,7 +164,9 @@ def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     width, depth = encoder.embed_dim, len(encoder.blocks)
     if encoder.num_prefix_tokens != 1 or not isinstance(encoder.fc_norm, nn.Identity):
         raise RunError(
-            "encoder: open_clip's image tower has one class token and pools by it; export with --format timm"
+            "encoder: open_clip's image tower has one class token, and pools by it or by the mean of the "
+            "patches "
+            "behind the norm; export with --format timm"
         )
     positions = own["pos_embed"][0].clone()
     if "patch_embed.proj.bias" in own:
@@ -157,6 +204,8 @@ def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "no_ln_pre": isinstance(encoder.norm_pre, nn.Identity),
         "norm_kwargs": {"eps": encoder.norm.eps},
     }
+    if encoder.global_pool == "avg":
+        vision["pool_type"] = "avg"  # behind the norm, as keel's
     if "blocks.0.ls1.gamma" in own:
         vision["ls_init_value"] = 1e-5  # any number: it makes the layers, whose weights are then loaded
     return weights, vision
@@ -197,17 +246,19 @@ def _write_tokenizer(trained: Trained, folder: Path) -> dict[str, Any]:
         "bos_token": config.start, "eos_token": config.end,
         # The text's feature is taken at its first END, and what follows isn't looked at.
         "pad_token": config.end,
+        "split_special_tokens": True,  # a caption that holds their names is mere text
     }  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(described, indent=2) + "\n")
     return {"hf_tokenizer_name": "."}
 
 
-def _verify(pair: Pair, trained: Trained, folder: Path) -> float:
-    """Largest absolute difference of an embedding, fresh process against the trained towers."""
-    assert trained.config.data.tokenizer is not None, "an image-text objective needs one"
-    tokenizer = open_tokenizer(trained.config.data.tokenizer)
+def _verify(pair: Pair, trained: Trained, folder: Path) -> tuple[float, Tensor | None]:
+    """Largest absolute difference of an embedding, fresh process against the trained towers.
+
+    Also the tokens that it made of `CAPTIONS`, where it could: those of the cleaned captions, or this raises.
+    """
     images = torch.randn(2, 3, *trained.image_size, generator=torch.Generator().manual_seed(0))
-    tokens = torch.from_numpy(tokenizer.encode_all(CAPTIONS))
+    tokens = _encoded(trained)
     with torch.no_grad():
         expected = {"images": pair.embed_images(images), "texts": pair.embed_texts(tokens)}
     require_finite(expected)
@@ -217,14 +268,44 @@ def _verify(pair: Pair, trained: Trained, folder: Path) -> float:
         Path(scratch, "captions.json").write_text(json.dumps(CAPTIONS))
         script = Path(__file__).with_name("export_reopen_open_clip.py")
         command = [sys.executable, "-P", str(script), str(folder.absolute()), scratch]
-        command += [str(torchvision_compat.__file__)]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
         if done.returncode:
             raise ExportMismatchError(f"a fresh process can't open the export:\n{done.stderr[-4000:]}")
         got = load_file(outputs)
-    if "tokens" in got and not torch.equal(_ended(got["tokens"]), _ended(tokens)):
-        raise ExportMismatchError("open_clip's tokenizer cuts the same captions otherwise")
-    return largest_difference(expected, got)
+    theirs, cleaned = got.get("tokens"), _encoded(trained, cleaning="clip")
+    if theirs is not None and (wrong := _unlike(_ended(theirs), cleaned)):
+        raise ExportMismatchError(f"open_clip's tokenizer cuts {wrong[0]!r} otherwise")
+    return largest_difference(expected, got), theirs
+
+
+def _encoded(trained: Trained, **changes: str) -> Tensor:
+    """(N, L) tokens of `CAPTIONS`."""
+    config = trained.config.data.tokenizer
+    assert config is not None, "an image-text objective needs one"
+    tokenizer = open_tokenizer(config.model_copy(update=changes))
+    return torch.from_numpy(tokenizer.encode_all(CAPTIONS))
+
+
+def _unlike(tokens: Tensor, others: Tensor) -> list[str]:
+    """Those of `CAPTIONS` that two tokenizers cut otherwise."""
+    return [CAPTIONS[n] for n in (tokens != others).any(dim=1).nonzero().flatten().tolist()]
+
+
+def _remarks(trained: Trained, theirs: Tensor | None) -> tuple[str, ...]:
+    """What of the tokenizer is otherwise than the run's, or isn't known to be the same."""
+    remarks = []
+    if theirs is None:
+        remarks.append(
+            "the tokenizer wasn't compared, and open_clip.get_tokenizer can't open it: transformers isn't "
+            "installed here; install keel's extra open-clip, which brings it"
+        )
+    if unlike := _unlike(_encoded(trained), _encoded(trained, cleaning="clip")):
+        remarks.append(
+            "open_clip's tokenizer cleans captions (encodings, HTML entities, blanks), and this run took "
+            f"them as they were: {unlike[0]!r} and the like get other tokens than in training; a run with "
+            "data.tokenizer.cleaning=clip has the same ones"
+        )
+    return tuple(remarks)
 
 
 def _ended(tokens: Tensor) -> Tensor:
@@ -233,7 +314,7 @@ def _ended(tokens: Tensor) -> Tensor:
     return torch.where(torch.arange(tokens.shape[1])[None] <= end, tokens, 0)
 
 
-def _card(trained: Trained, difference: float, licence: str) -> Card:
+def _card(trained: Trained, difference: float, remarks: Sequence[str], licence: str) -> Card:
     return Card(
         title=f"{trained.config.encoder.name} with a text tower, pretrained with keel",
         library="open_clip",
@@ -244,6 +325,8 @@ def _card(trained: Trained, difference: float, licence: str) -> Card:
             'model, preprocess = open_clip.create_model_from_pretrained("local-dir:path/to/this/folder")\n'
             'tokenizer = open_clip.get_tokenizer("local-dir:path/to/this/folder")'
         ),
-        note="`preprocess` prepares images as the run's evaluations did.",
+        note="\n\n".join(
+            ["`preprocess` prepares images as the run's evaluations did.", *(f"Note: {r}." for r in remarks)]
+        ),
         difference=difference,
     )

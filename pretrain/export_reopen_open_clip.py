@@ -1,29 +1,27 @@
 """Run by path in a fresh process: opens an exported pair as any user of open_clip would.
 
-    python -P export_reopen_open_clip.py FOLDER SCRATCH SHIM.py
+    python -P export_reopen_open_clip.py FOLDER SCRATCH
 
 SCRATCH has inputs.safetensors {"images": (B, 3, H, W), "tokens": (N, L)} and captions.json;
 outputs.safetensors gets the embeddings, and the captions' tokens where open_clip's tokenizer can be had (its
-own vocabulary, or transformers installed). Imports nothing of keel; see export_reopen.py for SHIM.py.
+own vocabulary, or transformers installed); where they are missing the export says so. Imports nothing of
+keel.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import runpy
 import sys
 from pathlib import Path
 
 KEEL = ("configs", "data_pipeline", "pretrain", "launch")
 
 
-def main(folder: str, scratch: str, shim: str) -> None:
+def main(folder: str, scratch: str) -> None:
+    import open_clip
     import torch
     from safetensors.torch import load_file, save_file
-
-    runpy.run_path(shim)
-    import open_clip
 
     name = f"local-dir:{folder}"
     model, _ = open_clip.create_model_from_pretrained(name)

@@ -12,7 +12,7 @@ from torch import nn
 
 from configs.errors import ConfigError
 from configs.loading import Config
-from pretrain.schedules import ScheduleName, dropped, half_cosine, warmup_then
+from pretrain.schedules import ScheduleName, WarmupStart, dropped, half_cosine, warmup_then
 from pretrain.types import Duration, ParamGroup, Progress, StepSettings, trainable
 
 Schedule = Callable[[Progress], StepSettings]
@@ -34,6 +34,7 @@ class OptimizerConfig(Config):
     final_weight_decay: float | None = pydantic.Field(None, ge=0)  # reached by half a cosine; None: constant
     schedule: ScheduleName = "cosine"
     warmup: Duration = Duration(0, "steps")
+    warmup_from: WarmupStart = "zero"  # step k of w has rate k / w of the peak; one: (k + 1) / w
     final_lr: float = pydantic.Field(0.0, ge=0)
     milestones: tuple[Duration, ...] = ()  # of `schedule: step`: where lr is multiplied by `drop`
     drop: float = pydantic.Field(0.1, gt=0, lt=1)
@@ -77,7 +78,9 @@ class OptimizerConfig(Config):
         milestones = [milestone.steps(batch_size, dataset_size) for milestone in self.milestones]
 
         def settings(progress: Progress) -> StepSettings:
-            lr = warmup_then(self.schedule, progress.step, total_steps, warmup, peak, self.final_lr)
+            lr = warmup_then(
+                self.schedule, progress.step, total_steps, warmup, peak, self.final_lr, self.warmup_from
+            )
             lr *= dropped(progress.step, milestones, self.drop)
             return StepSettings(lr=lr, weight_decay=self.weight_decay_at(progress.step / total_steps))
 

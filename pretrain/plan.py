@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.errors import ConfigError
 from data_pipeline.facts import Facts, facts_of
 from data_pipeline.load import Loader, build_loader
 from data_pipeline.stream import StreamLoader
 from data_pipeline.types import ViewSpec
 from pretrain import encoders
+from pretrain.accumulation import require_called
 from pretrain.config import RunConfig
 from pretrain.types import BuildContext, Objective, Progress
 
@@ -43,7 +45,17 @@ class Plan:
 
     @property
     def views(self) -> Sequence[ViewSpec]:
-        return self.config.objective.views(self.image_size)
+        return self.config.views(self.image_size)
+
+    def require_different_samples(self) -> None:
+        """Refuse a set too small for what the objective compares at a time. Raises `ConfigError`."""
+        compared = self.config.objective.compared(self.config.train.batch_size)
+        if (count := sum(compared.values())) > self.samples:
+            settings = " + ".join(f"{name} ({number})" for name, number in compared.items())
+            raise ConfigError(
+                f"{settings}: {count} samples are compared at a time, and the data have {self.samples}: an "
+                "image would be its own negative; use fewer, or more data"
+            )
 
     def start(self) -> Progress:
         return Progress(0, 0, self.total_steps, self.samples)
@@ -79,4 +91,6 @@ class Plan:
             vocabulary=tokenizer.vocabulary if tokenizer else None,
             text_length=tokenizer.context if tokenizer else None,
         )
-        return config.objective.build(context)
+        objective = config.objective.build(context)
+        require_called(objective)
+        return objective

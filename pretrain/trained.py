@@ -45,7 +45,7 @@ class Trained:
     @property
     def view(self) -> ViewSpec:
         """How evaluations show an image to the encoder."""
-        return evaluation_view(self.config.objective.views(self.image_size)[0], self.config.encoder.crop)
+        return evaluation_view(self.config.views(self.image_size)[0], self.config.encoder.crop)
 
     def facts(self) -> dict[str, Any]:
         """For a model card: what was trained on what, for how long, and how it was judged at that step.

@@ -225,6 +225,13 @@ class ObjectiveConfig(Config, ABC):
     @abstractmethod
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]: ...
 
+    def compared(self, batch_size: int) -> Mapping[str, int]:
+        """Samples that one is told apart from at a time, by the setting that says how many; none: not at all.
+
+        Together they have to be different ones, or an image would be its own negative.
+        """
+        return {}
+
     @abstractmethod
     def build(self, context: BuildContext) -> Objective: ...
 
@@ -240,8 +247,8 @@ class Update(Protocol):
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Set a whole parameter, its fp32 master included."""
 
-    def clamp(self, parameter: nn.Parameter, highest: float) -> None:
-        """Bound a parameter from above, its fp32 master included."""
+    def clamp(self, parameter: nn.Parameter, highest: float, lowest: float | None = None) -> None:
+        """Bound a parameter from above, and from below where asked, its fp32 master included."""
 
 
 @dataclass(frozen=True)

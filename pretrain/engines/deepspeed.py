@@ -166,6 +166,7 @@ class DeepSpeedEngine:
         self._statistics = Statistics(objective)
         self._buffers = state.HostBuffers()
         self._to_reserve = expects_saves
+        self._compared = False  # whether frozen parameters have been found equal on all ranks
         self._group = dist.new_group(backend="gloo")  # of checkpoints alone, so that a thread may write them
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
@@ -251,9 +252,12 @@ class DeepSpeedEngine:
     def stage(self, extra: Mapping[str, Any]) -> state.Staged:
         """Copy this rank's state to host memory; collective. Training may go on while it is written.
 
-        The memory is used again: what was staged before must be written by then.
+        The memory is used again: what was staged before must be written by then. Raises `RunError` where a
+        buffer, of which one is kept, differs between ranks.
         """
         self._statistics.average()
+        state.require_equal_replicas(self._engine, self._group, frozen=not self._compared)
+        self._compared = True
         scale = None if self.loss_scale is None else vars(self.loss_scale)
         engine_state = {"zero_stage": self.zero_stage, "loss_scale": scale}
         return state.stage(self._engine, self._shards, self._buffers, self._group, engine_state, extra)
@@ -323,16 +327,16 @@ class ZeroUpdate:
         fragments.write_working(parameter, whole)
 
     @torch.no_grad()
-    def clamp(self, parameter: nn.Parameter, highest: float) -> None:
-        """Bound a parameter from above, its fp32 master included; no communication."""
+    def clamp(self, parameter: nn.Parameter, highest: float, lowest: float | None = None) -> None:
+        """Bound a parameter, its fp32 master included; no communication."""
         name = self._names[parameter]
         for shard in self._shards:
             for piece in shard.pieces:
                 if piece.name == name:
                     part = fragments.read_slice(shard.master, piece.offset, piece.length)
-                    fragments.write_slice(shard.master, piece.offset, part.clamp(max=highest))
+                    fragments.write_slice(shard.master, piece.offset, part.clamp(lowest, highest))
         for working, _ in fragments.working_pairs(parameter, parameter):
-            working.clamp_(max=highest)
+            working.clamp_(lowest, highest)
 
 
 @contextmanager

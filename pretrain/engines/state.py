@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from configs.errors import RunError
 from pretrain.engines import fragments, storage
@@ -148,6 +149,60 @@ def owned(engine: Any, shards: Sequence[fragments.Shard], group: dist.ProcessGro
         if replica.sharded or number % ranks == rank:
             found.append(Fragment(f"model/{replica.name}", data, replica.start, replica.total))
     return found + list(_random_states(rank))
+
+
+def require_equal_replicas(engine: Any, group: dist.ProcessGroup, *, frozen: bool) -> None:
+    """Refuse what a checkpoint would keep one rank's of though each has its own; collective over `group`.
+
+    Compares a fingerprint of every buffer but batch norm's, which have been averaged, and with `frozen` of
+    every frozen parameter. Raises the same `RunError` on every rank.
+    """
+    ranks = dist.get_world_size(group)
+    if ranks == 1:
+        return
+    averaged = {
+        f"{name}.{buffer}" if name else buffer
+        for name, layer in engine.module.named_modules()
+        if isinstance(layer, _BatchNorm)
+        for buffer in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    buffers = {name for name, _ in fragments.persistent_buffers(engine.module)} - averaged
+    compared = [
+        replica
+        for replica in fragments.replicas(engine)
+        if not replica.sharded and (replica.name in buffers or (frozen and replica.name not in averaged))
+    ]
+    if not compared:
+        return
+    own = torch.stack([_fingerprint(replica.data) for replica in compared]).cpu()
+    everyones = [torch.empty_like(own) for _ in range(ranks)]
+    dist.all_gather(everyones, own, group=group)
+    same = torch.stack(everyones).eq(everyones[0]).all(dim=0).tolist()
+    differing = [replica.name for replica, equal in zip(compared, same, strict=True) if not equal]
+    if differing:
+        raise RunError(
+            f"objective: {', '.join(differing[:5])} differs between the ranks, and a checkpoint keeps one "
+            "rank's: nothing was saved; make it the same on every rank (pretrain.collectives has gather and "
+            "total), or register it with persistent=False and make it anew after a resume"
+        )
+
+
+def _fingerprint(tensor: Tensor) -> Tensor:
+    """() int64 on the tensor's device, of every bit and its place: a sum with odd weights, modulo 2^64.
+
+    The weights are scrambled places: with evenly spaced ones +1, -2, +1 would go unseen.
+    """
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    flat = flat.detach().reshape(-1)
+    found = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for number, part in enumerate(torch.split(flat.view(whole[flat.element_size()]), 2**20)):
+        place = torch.arange(1, len(part) + 1, device=tensor.device) + number * 2**20
+        place *= 0x1E3779B97F4A7C15
+        place ^= place >> 31
+        place *= 0x3F58476D1CE4E5B9
+        found += (part.to(torch.int64) * (place | 1)).sum()
+    return found
 
 
 def load(

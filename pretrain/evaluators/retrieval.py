@@ -115,7 +115,7 @@ class Retrieval:
         texts = [text for found in captions for text in found]
         with subject.looking():
             # One row more than this rank has, so that a rank without any knows their width.
-            blank = torch.zeros(1, 3, *subject.view.size, device=subject.device)
+            blank = torch.zeros(1, subject.view.channels, *subject.view.size, device=subject.device)
             images = [objective.embed_images(blank)[:0]]
             images += [objective.embed_images(b.views[0]) for b in subject.batches(path)]
             tokens = torch.from_numpy(tokenizer.encode_all([*texts, "none"])).to(subject.device)

@@ -91,7 +91,6 @@ def trained_subject(
     engine: Engine,
     *,
     view: ViewSpec,
-    pooling: encoders.Pooling,
     tokenizer: Tokenizer | None = None,
     batch_size: int = 256,
     workers: int = 0,
@@ -101,7 +100,7 @@ def trained_subject(
         assert isinstance(objective, Objective)
         yield Subject(
             encoder=objective.encoder,
-            encode=partial(encoders.features, objective.encoder, pooling=pooling),
+            encode=partial(encoders.features, objective.encoder),
             view=view,
             device=engine.device,
             objective=objective,

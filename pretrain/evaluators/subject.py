@@ -44,7 +44,7 @@ class Subject:
     """
 
     encoder: nn.Module
-    encode: Callable[[Tensor], Tensor]  # (B, 3, H, W) normalised float32 -> (B, D)
+    encode: Callable[[Tensor], Tensor]  # (B, channels, H, W) normalised float32 -> (B, D)
     view: ViewSpec  # how an image is shown to the encoder
     device: torch.device
     objective: Objective | None = None  # where the encoder is still in its pretext task
@@ -100,7 +100,7 @@ class Subject:
 
     def _no_features(self) -> Tensor:
         """What a rank without samples adds: (0, D)."""
-        blank = torch.zeros(1, 3, *self.view.size, device=self.device)
+        blank = torch.zeros(1, self.view.channels, *self.view.size, device=self.device)
         with self.looking():
             return self.encode(blank).float()[:0]
 

@@ -8,15 +8,18 @@ Radford et al. 2021, "Learning Transferable Visual Models From Natural Language 
     softmax : mean over pairs of  -log softmax_row(s i t')_nn - log softmax_column(s i t')_nn, halved
     sigmoid : mean over images of the sum over texts of log(1 + exp(-z (s i t' + b))), z = 1 for its own or -1
 
-s = exp(logit_scale) is learnt, at most 100. A rank compares its n images with all N texts in tiles, so the
-N x N matrix is never held: memory is O(chunk x chunk), or O(n x N) with `chunk: null`. The sums over images,
-which each text needs, are then added up over ranks.
+s = exp(logit_scale) is learnt, between 1 and 100. A rank compares its n images with all N texts in tiles, so
+the N x N matrix is never held: memory is O(chunk x chunk), or O(n x N) with `chunk: null`. The sums over
+images, which each text needs, are then added up over ranks.
+
+A plain ViT with a class token starts as open_clip's VisionTransformer, and so does the text tower. Other
+encoders (ResNets, attention pooling as SigLIP's) are timm's in open_clip too, and start as timm draws them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import pydantic
@@ -28,6 +31,7 @@ from configs.errors import ConfigError
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
 from pretrain import collapse, collectives, encoders, losses
 from pretrain.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain.encoders import vit
 from pretrain.encoders.text import TextConfig, TextTower
 from pretrain.optimizers import groups_without_decay
 from pretrain.precision import autocast
@@ -42,8 +46,8 @@ from pretrain.types import (
     WholeBatchObjective,
 )
 
-MAX_LOG_SCALE = math.log(100)
-"""Upper bound of the learnt log scale (arXiv:2103.00020 §2.5)."""
+MAX_LOG_SCALE, MIN_LOG_SCALE = math.log(100), 0.0
+"""Bounds of the learnt log scale: the paper's (arXiv:2103.00020 §2.5), and open_clip's (train.py)."""
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """Channel statistics that OpenAI's CLIP and open_clip normalise with (open_clip constants.py)."""
@@ -57,8 +61,9 @@ class CLIPConfig(ObjectiveConfig):
     name: str = "clip"
     loss: Literal["softmax", "sigmoid"] = "softmax"
     width: int = pydantic.Field(512, gt=0)  # of the shared embedding
+    projection: bool = True  # a linear layer behind the image tower; false: its feature is the embedding
     text: TextConfig = TextConfig()
-    start_scale: float | None = pydantic.Field(None, gt=0, le=100)  # None: 1/0.07 for softmax, 10 for sigmoid
+    start_scale: float | None = pydantic.Field(None, ge=1, le=100)  # None: 1/0.07 for softmax, 10 for sigmoid
     start_bias: float = -10.0  # sigmoid only
     chunk: int | None = pydantic.Field(4096, gt=0)  # images and texts compared at a time; None: all
     batch_norm: Spelled = "rank"  # in the image tower: rank (each its own statistics), sync, grouped:N
@@ -71,11 +76,20 @@ class CLIPConfig(ObjectiveConfig):
         crop = RandomResizedCrop(scale=self.crop_scale)
         return [ViewSpec(image_size, crop, flip=self.flip, mean=self.mean, std=self.std)]
 
+    def compared(self, batch_size: int) -> Mapping[str, int]:
+        return {"train.batch_size": batch_size}
+
     def build(self, context: BuildContext) -> CLIP:
         """Raises `ConfigError` where batch norm and micro-batches, or tokenizer and tower, don't fit."""
         micro_batch_size, accumulation = context.micro_batch_size, context.accumulation
         require_independent_parts(self.batch_norm, context.encoder, micro_batch_size, accumulation)
         _require_fitting(self.text, context)
+        feature = encoders.width(context.encoder)
+        if not self.projection and feature != self.width:
+            raise ConfigError(
+                f"objective.width: found {self.width}, without a projection it must be the {feature} numbers "
+                "of the encoder's feature; set that, or objective.projection=true"
+            )
         return CLIP(self, context)
 
 
@@ -101,9 +115,13 @@ class CLIP(WholeBatchObjective):
         self.config, self.autocast_dtype = config, context.autocast
         self.micro_batch_size = context.micro_batch_size
         self.encoder = convert(context.encoder, *parse(config.batch_norm))
-        feature = encoders.width(self.encoder)
-        self.image_projection = nn.Linear(feature, config.width, bias=False)
-        nn.init.normal_(self.image_projection.weight, std=feature**-0.5)
+        if encoders.is_vit(self.encoder) and vit.is_laid_out_as_open_clips(self.encoder):
+            vit.initialise_as_open_clip(self.encoder)
+        self.image_projection: nn.Module = nn.Identity()
+        if config.projection:
+            feature = encoders.width(self.encoder)
+            self.image_projection = projection = nn.Linear(feature, config.width, bias=False)
+            nn.init.normal_(projection.weight, std=feature**-0.5)
         self.text = TextTower(config.text, config.width)
         default = 1 / 0.07 if config.loss == "softmax" else 10.0
         self.logit_scale = nn.Parameter(torch.tensor([math.log(config.start_scale or default)]))
@@ -155,8 +173,12 @@ class CLIP(WholeBatchObjective):
 
     def after_step(self, update: Update, progress: Progress) -> None:
         """Bound the scale through the engine: the fp32 master would undo a clamp of the working copy."""
-        update.clamp(self.logit_scale, MAX_LOG_SCALE)
+        update.clamp(self.logit_scale, MAX_LOG_SCALE, MIN_LOG_SCALE)
 
     def param_groups(self) -> list[ParamGroup]:
-        """No decay of gains, biases, the logit scale and its bias, as in open_clip's `create_optimizer`."""
-        return groups_without_decay(self, lambda name, p: p.ndim < 2)
+        """No decay of gains, biases, the class token, the logit scale and its bias: open_clip's vectors.
+
+        Its rule is `p.ndim < 2` (open_clip_train/main.py), and its class token is a vector where timm's is
+        (1, 1, D). Positions are matrices there, and decay.
+        """
+        return groups_without_decay(self, lambda name, p: p.ndim < 2 or name.endswith("cls_token"))

@@ -54,6 +54,20 @@ class TrackConfig(Config):
     def _off(cls, wandb: object) -> object:
         return "off" if wandb is False else wandb  # YAML reads a bare `off` as false
 
+    @pydantic.field_validator("project")
+    @classmethod
+    def _sendable(cls, project: str) -> str:
+        if not 0 < len(project) <= 128 or set(project) & set("/\\#?%:"):
+            raise ValueError("W&B's projects have 1 to 128 characters, and none of / \\ # ? % :")
+        return project
+
+    @pydantic.field_validator("tags")
+    @classmethod
+    def _short(cls, tags: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not 0 < len(tag) <= 64 for tag in tags):
+            raise ValueError("W&B's tags have 1 to 64 characters")
+        return tags
+
     @pydantic.field_validator("every")
     @classmethod
     def _countable(cls, every: Duration) -> Duration:
@@ -114,7 +128,8 @@ class Track:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`beside` gives more of rank 0's figures for a row that is due, such as the loader's counts."""
-        self.trackers, self.every, self.attempt = trackers, max(1, every_steps), attempt
+        self.trackers: Sequence[Tracker] = trackers
+        self.every, self.attempt = max(1, every_steps), attempt
         self.before, self.beside, self.clock = start, beside, clock
         self.told: dict[str, float] = {}
         self.waited = self.seconds = 0.0
@@ -146,13 +161,23 @@ class Track:
                 tracker.pictures(progress.step, scores.pictures)
 
     def fail(self, status: str = "failed") -> None:
-        """The run ends by an error, or its attempt is given up."""
-        for tracker in self.trackers:
-            tracker.finish(status)
+        """The run ends by an error, or its attempt is given up; those that have ended hear nothing of it."""
+        self._end(status)
 
     def finish(self, progress: Progress, reason: StopReason) -> None:
-        for tracker in self.trackers:
-            tracker.finish(reason)
+        self._end(reason)
+
+    def _end(self, status: str) -> None:
+        """Each tracker once, all of them although one fails; raises the first failure at the end."""
+        failures: list[Exception] = []
+        left, self.trackers = self.trackers, ()
+        for tracker in left:
+            try:
+                tracker.finish(status)
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _row(self, report: StepReport) -> dict[str, float | int]:
         progress, steps = report.progress, max(1, report.progress.step - self.before.step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import configparser
+import json
 import logging
 import math
 import netrc
@@ -47,13 +49,15 @@ class Wandb:
         evaluations: Callable[[], Sequence[Mapping[str, Any]]],
     ) -> None:
         self.root, self.name, self.already_sent, self.evaluations = root, name, already_sent, evaluations
-        self.newest, self.gone = already_sent, False
+        self.newest = already_sent
         # How many batches were skipped before this attempt is known where there was none.
         self.skipped: float | None = None if already_sent else 0
         self.run: Any = _start(
-            _mode(mode), dir=str(root), id=run_id, resume="allow", project=project, name=name,
-            tags=list(tags), group=group, job_type=job_type, config=dict(settings),
+            _mode(mode), dir=str(root), id=run_id, resume="allow", project=project, name=_shown(name),
+            tags=list(tags), group=group and _shown(group), job_type=_shown(job_type),
+            config=json.loads(_sendable(json.dumps(dict(settings), ensure_ascii=False))),
         )  # fmt: skip
+        self.gone = self.run is None
 
     def log(self, row: Mapping[str, float | int]) -> None:
         step = int(row["step"])
@@ -67,7 +71,7 @@ class Wandb:
             self._send(values, progress.step)
 
     def pictures(self, step: int, images: Mapping[str, Tensor]) -> None:
-        if step > self.already_sent:
+        if step > self.already_sent and not self.gone:
             import wandb
 
             shown = {
@@ -96,7 +100,7 @@ class Wandb:
             for row in self.evaluations()
             for name, value in row["values"].items()
         ]
-        if rows and self.newest > self.already_sent:
+        if rows and self.newest > self.already_sent and not self.gone:
             import wandb
 
             columns = ["step", "samples", "evaluation", "figure", "value"]
@@ -129,7 +133,15 @@ class Wandb:
             call()
         except Exception as error:
             self.gone = True
-            log.warning("W&B is gone; going on without it until the next start: %r", error)
+            log.warning(
+                "W&B is gone; going on without it until the next start: %r (what it kept of this attempt: "
+                "%s; `wandb sync` sends that)", error, self._kept(),
+            )  # fmt: skip
+
+    def _kept(self) -> str:
+        """Where W&B writes this attempt down before it is sent."""
+        files = getattr(self.run, "dir", None)
+        return str(Path(files).parent if isinstance(files, str) else self.root / "wandb")
 
 
 ALERTS: Mapping[str, tuple[str, str]] = {
@@ -142,18 +154,38 @@ ALERTS: Mapping[str, tuple[str, str]] = {
 Mode = Literal["online", "offline", "disabled"]
 
 
-def _start(mode: Mode, **arguments: Any) -> Any:
-    """A W&B run. Where the server can't be had, an offline one: a tracker is no reason not to train."""
-    import wandb  # takes seconds, so only where it is wanted
+INIT_PATIENCE, FINISH_PATIENCE = 30.0, 60.0
+"""Seconds that W&B's server has to answer at the start of an attempt, and to take what is left at its end.
 
-    quiet = wandb.Settings(silent=True, console="off", init_timeout=60)
+The end is as short as that because a job that was told to leave has a minute or two for everything.
+"""
+
+
+def _start(mode: Mode, **arguments: Any) -> Any:
+    """A W&B run; an offline one where the server can't be had, None where not even that can be.
+
+    A tracker is no reason not to train, whatever it raises.
+    """
     try:
+        import wandb  # takes seconds, so only where it is wanted
+
+        settings = {"init_timeout": INIT_PATIENCE} | {
+            name: value
+            for name, value in (("finish_timeout", FINISH_PATIENCE), ("finish_timeout_raises", True))
+            if name in wandb.Settings.model_fields  # not in older versions
+        }
+        quiet = wandb.Settings(silent=True, console="off", **settings)
+        if mode == "online":
+            try:
+                return wandb.init(mode=mode, settings=quiet, **arguments)
+            except Exception as error:
+                log.warning("W&B can't be had, tracking offline; `keel sync` sends it later: %s", error)
+                wandb.teardown()  # its service keeps the id of a run that failed, and would refuse it below
+                mode = "offline"
         return wandb.init(mode=mode, settings=quiet, **arguments)
-    except wandb.Error as error:
-        if mode != "online":
-            raise
-        log.warning("W&B can't be reached, tracking offline; `wandb sync` sends it later: %s", error)
-        return wandb.init(mode="offline", settings=quiet, **arguments)
+    except Exception as error:
+        log.warning("W&B can't be started; going on without it until the next start: %r", error)
+        return None
 
 
 def _mode(wanted: Literal["auto", "online", "offline"]) -> Mode:
@@ -167,14 +199,46 @@ def _mode(wanted: Literal["auto", "online", "offline"]) -> Mode:
 
 
 def has_key() -> bool:
-    """Whether a W&B key lies where `wandb login` or a cluster's environment puts it."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    """Whether a key for W&B's server lies where `wandb login` or a cluster's environment puts it."""
+    named = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"))
+    return named or any(_in_netrc(host) for host in _hosts())
+
+
+def _hosts() -> set[str]:
+    """Names under which a key of the server in use may lie."""
+    import wandb
+
+    standard = str(wandb.Settings.model_fields["base_url"].default)
+    used = os.environ.get("WANDB_BASE_URL") or _logged_in_at() or standard
+    hosts = {urlsplit(used).netloc, urlsplit(used).hostname or ""}
+    # The service has moved between versions of W&B's client; keys of before are still good.
+    return hosts | {"api.wandb.ai"} if used == standard else hosts
+
+
+def _logged_in_at() -> str | None:
+    """The server that `wandb login --host` wrote into its settings: those of this folder, then the user's."""
+    config = os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb"
+    for folder in (Path(os.environ.get("WANDB_DIR") or ".") / "wandb", Path(config)):
+        said = configparser.ConfigParser(interpolation=None)
+        try:
+            said.read(folder / "settings")
+            return said["default"]["base_url"]
+        except (OSError, ValueError, KeyError, configparser.Error):
+            continue
+    return None
+
+
+def _in_netrc(host: str) -> bool:
+    home = Path.home()
+    named = os.environ.get("NETRC")
+    file = Path(named).expanduser() if named else home / ".netrc"
+    if not named and not file.exists():
+        file = home / "_netrc"
     try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+        found = netrc.netrc(file).authenticators(host)
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
+    return found is not None and bool(found[2])
 
 
 def offline_folders(run: Path) -> list[Path]:
@@ -205,6 +269,16 @@ def upload(folders: Sequence[Path]) -> None:
             f"W&B: `wandb sync` failed (exit code {done.returncode}); what it says stands above. "
             "Run keel sync again: what was sent isn't sent twice"
         )
+
+
+def _sendable(text: str) -> str:
+    """Names of folders are bytes; what isn't UTF-8 in them can't be sent."""
+    return text.encode(errors="replace").decode()
+
+
+def _shown(name: str) -> str:
+    """As long as W&B takes it: a name is a folder's unless told otherwise, up to 255 bytes."""
+    return _sendable(name)[:128]
 
 
 def _name(name: str) -> str:

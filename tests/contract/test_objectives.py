@@ -114,10 +114,12 @@ def test_it_starts_from_weights_and_so_do_its_teachers(name: str) -> None:
     size = smoke(name).objective.views((32, 32))[0].size
     other = encoders.build(smoke(name).encoder, size).state_dict()
     objective.start_from(lambda encoder: encoder.load_state_dict(other) and None)
-    followers = [m for n, m in objective.named_children() if n in ("encoder", "teacher_encoder")]
-    assert len(followers) == (2 if "teacher_encoder" in dict(objective.named_children()) else 1)
+    followers = {"encoder", *smoke(name).objective.slow_encoders.values()}
+    # Whatever else has an encoder's parameters under its names is one, too: a teacher that nobody names.
+    alike = {n for n, m in objective.named_children() if m.state_dict().keys() == other.keys()}
+    assert followers == alike
     for follower in followers:
-        state = follower.state_dict()
+        state = objective.get_submodule(follower).state_dict()
         assert state.keys() == other.keys()
         assert all(torch.equal(value, other[key]) for key, value in state.items())
 
@@ -148,15 +150,26 @@ def test_it_trains(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_pictures_are_images_and_leave_no_trace(name: str) -> None:
+def test_pictures_and_figures_are_what_they_should_be_and_leave_no_trace(name: str) -> None:
+    """Of an objective that makes any: which do is held beside, so that a lost one is missed."""
     objective, batch = build(name), batch_for(name)
     before = {key: value.clone() for key, value in objective.state_dict().items()}
-    for picture in objective.pictures(batch).values():
+    pictures, figures = objective.pictures(batch), objective.judge(batch)
+    assert bool(pictures) == (type(objective).pictures is not Objective.pictures)
+    assert bool(figures) == (type(objective).judge is not Objective.judge)
+    for picture in pictures.values():
         assert picture.ndim == 3 and picture.shape[0] == 3
         assert picture.min() >= 0 and picture.max() <= 1
-    for scalar in objective.judge(batch).values():
+    for scalar in figures.values():
         assert scalar.shape == () and scalar.isfinite()
     assert all(torch.equal(before[key], value) for key, value in objective.state_dict().items())
+
+
+def test_some_objective_draws_and_judges() -> None:
+    """Else the test above would hold of nothing."""
+    kinds = [type(build(name)) for name in EVERY]
+    assert any(kind.pictures is not Objective.pictures for kind in kinds)
+    assert any(kind.judge is not Objective.judge for kind in kinds)
 
 
 @pytest.mark.parametrize("name", EVERY)

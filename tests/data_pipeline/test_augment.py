@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any, ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torchvision.transforms.v2 import functional as theirs
 from data_pipeline import colour
 from data_pipeline.augment import augmented, denormalised, device_half, normalised
 from data_pipeline.hashing import sample_seed
+from data_pipeline.randomness import Purpose, uniform
 from data_pipeline.types import Batch, CenterCrop, ColorJitter, GaussianBlur, Solarize, ViewSpec
 from tests.data_pipeline.sets import photograph
 
@@ -136,13 +140,47 @@ def test_a_gpu_makes_the_same_pixels() -> None:
     torch.testing.assert_close(on_gpu, device_half([FULL])(batch()).views[0], rtol=0, atol=2e-3)
 
 
-def test_the_way_of_a_device_gives_what_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All rows computed and chosen afterwards, as a GPU does it."""
-    from data_pipeline import augment
+class OnADevice(Tensor):
+    """Says that it isn't on the CPU, so that the code takes a device's way; counts what is chosen."""
 
-    def everywhere(chosen: Tensor, images: Tensor, operation: object, values: Tensor) -> Tensor:
-        return torch.where(chosen[:, None, None, None], operation(images, values), images)  # type: ignore[operator]
+    chosen: ClassVar[list[int]] = []
 
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return False
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.where and len(args) == 3:
+            cls.chosen.append(int(args[0].sum()))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_the_way_of_a_device_gives_what_the_cpu_does() -> None:
+    """All rows computed and chosen afterwards, by the very lines that a GPU runs."""
+    OnADevice.chosen.clear()
+    made = augmented(PHOTOS.as_subclass(OnADevice), SEEDS, FULL)
     expected = augmented(PHOTOS, SEEDS, FULL)
-    monkeypatch.setattr(augment, "_where", everywhere)
-    torch.testing.assert_close(augmented(PHOTOS, SEEDS, FULL), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(made.as_subclass(Tensor), expected, rtol=0, atol=1e-6)
+    # Four jitters in each of four turns, grey, blur, solarise; of each some rows and not all.
+    assert len(OnADevice.chosen) >= 16 + 3 and any(0 < n < len(PHOTOS) for n in OnADevice.chosen)
+
+
+def test_grey_may_come_before_the_jitter() -> None:
+    """MoCo v1's order. Brightness past white tells the orders apart; the result of both is grey."""
+    jitter = ColorJitter(0.9, 0, 0, 0, probability=1)
+    spec = ViewSpec((40, 48), CenterCrop(), jitter=jitter, grayscale=1.0, grayscale_first=True)
+    factors = 1 + 0.9 * (2 * uniform(SEEDS, Purpose.JITTER, 9)[:, 1] - 1)
+    assert float(factors.max()) > 1.5
+    made = {first: augmented(PHOTOS, SEEDS, replace(spec, grayscale_first=first)) for first in (True, False)}
+    for row, factor in enumerate(factors.tolist()):
+        grey = theirs.rgb_to_grayscale(UNIT[row], num_output_channels=3)
+        torch.testing.assert_close(made[True][row], theirs.adjust_brightness(grey, factor), rtol=0, atol=2e-5)
+        bright = theirs.rgb_to_grayscale(theirs.adjust_brightness(UNIT[row], factor), num_output_channels=3)
+        torch.testing.assert_close(made[False][row], bright, rtol=0, atol=2e-5)
+    assert float((made[True] - made[False]).abs().max()) > 0.02
+    coloured = replace(spec, jitter=ColorJitter(0.4, 0.4, 0.4, 0.4, probability=1))
+    some = augmented(PHOTOS, SEEDS, replace(coloured, grayscale=0.5))
+    whole = augmented(PHOTOS, SEEDS, replace(coloured, grayscale=0.0))
+    grey = (some - some.mean(1, keepdim=True)).abs().amax((1, 2, 3)) < 1e-5
+    assert 0 < int(grey.sum()) < len(PHOTOS) and torch.equal(some[~grey], whole[~grey])

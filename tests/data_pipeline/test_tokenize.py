@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import subprocess
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import pretrain.encoders.torchvision_compat  # noqa: F401  (open_clip imports torchvision)
 from configs.errors import ConfigError, DataError
@@ -129,6 +133,67 @@ def test_openai_is_clips_own_tokenizer() -> None:
         "schÃ¶n kaputt", "x" * 300, "many words " * 60, "\u00a0\u200b odd \t spaces \n", "½ ² Ⅷ ٣",
     ]  # fmt: skip
     assert (tokenizer.encode_all(said) == reference(said).numpy()).all()
+
+
+UNCLEAN = [
+    "  a   red\tcircle \n", "a red circle &amp; more", "&amp;lt;b&amp;gt; red", "schÃ¶n kaputt", "",
+    "a\u00a0red\u200b circle", "\uff57\uff49\uff44\uff45 red", "l\u2019été na\u00efve \ufb01ne",
+    "\x1b[31mred\x1b[0m", "a red circle", "&nbsp;",
+]  # fmt: skip
+
+
+def theirs(file: Path, texts: list[str], clean: str = "whitespace") -> list[list[int]]:
+    """As open_clip's HFTokenizer does it: its own cleaning, then the file as it is."""
+    from open_clip.tokenizer import get_clean_fn
+
+    library = tokenizers.Tokenizer.from_file(str(file))
+    library.encode_special_tokens = True
+    return [library.encode(get_clean_fn(clean)(text)).ids for text in texts]
+
+
+def test_captions_are_cleaned_as_open_clip_cleans_them_where_asked(file: Path) -> None:
+    tokenizer, plain = opened(file, cleaning="clip", context=64), opened(file, context=64)
+    for text, ids in zip(UNCLEAN, theirs(file, UNCLEAN), strict=True):
+        assert (
+            tokenizer.encode(text)[: len(ids)].tolist() == ids
+            and not tokenizer.encode(text)[len(ids) :].any()
+        )
+    differing = [text for text in UNCLEAN if (tokenizer.encode(text) != plain.encode(text)).any()]
+    assert len(differing) >= 6 and "a red circle" not in differing
+    assert tokenizer.hash != plain.hash, "a resumed run would see other tokens"
+    assert plain.hash == hashlib.sha256(file.read_bytes()).hexdigest(), "as it was before there was a choice"
+    assert (
+        pickle.loads(pickle.dumps(tokenizer)).encode(UNCLEAN[0]).tolist()
+        == tokenizer.encode(UNCLEAN[0]).tolist()
+    )
+
+
+@given(st.text(max_size=40))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_caption_is_cut_as_open_clip_cuts_it(file: Path, text: str) -> None:
+    tokenizer = opened(file, cleaning="clip", context=400)
+    row = tokenizer.encode(text)
+    assert row[: int(row.argmax()) + 1].tolist() == theirs(file, [text])[0]
+
+
+def test_marks_of_open_clips_own_in_a_caption_are_mere_text() -> None:
+    """The one departure from its tokenizer: a caption can't speak of its own start and end."""
+    reference = pytest.importorskip("open_clip").get_tokenizer("ViT-B-32")
+    row = open_tokenizer(TokenizerConfig(path="openai")).encode("a <end_of_text> b")
+    assert ((row == 49407).sum() == 1 and row[:10].max() < 49407) or row.tolist().index(49407) > 5
+    assert reference(["a <end_of_text> b"])[0].tolist().count(49407) == 2
+
+
+def test_openai_cannot_be_left_uncleaned() -> None:
+    assert TokenizerConfig(path="openai", cleaning="clip").cleaning == "clip"
+    with pytest.raises(ValueError, match="openai's captions are always cleaned as CLIP's; leave it out"):
+        TokenizerConfig(path="openai", cleaning="strip")
+
+
+def test_cleaning_without_the_extra_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ftfy", None)
+    with pytest.raises(ConfigError, match=r"data.tokenizer.cleaning: clip: needs the package ftfy; install"):
+        opened(file, cleaning="clip")
 
 
 def test_without_the_extra_openai_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

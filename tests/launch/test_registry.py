@@ -6,13 +6,14 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -199,7 +200,8 @@ def test_torn_missing_and_foreign_files_count_for_nothing(tmp_path: Path, jobs: 
     for name in ("run.json", "metrics.jsonl", "evaluations.jsonl"):
         (tmp_path / "empty" / name).unlink()
     empty, torn = list_runs(tmp_path)
-    assert (torn.step, torn.loss, torn.state) == (3, pytest.approx(1 / 3), "new")
+    assert (torn.step, torn.loss, torn.state) == (3, pytest.approx(1 / 3), "unreadable")
+    assert torn.note == torn.broken == "run.json: is torn, or no JSON"
     assert torn.best == registry.Score("knn/top1", 3.0, 2)
     assert (empty.name, empty.state, empty.step, empty.best) == ("empty", "new", 0, None)
 
@@ -227,6 +229,108 @@ def test_the_best_is_the_highest_or_of_a_loss_the_lowest(
     ]
     found = best(rows, metric)
     assert (found and found.value) == best_value
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("values", "lower", "expected"),
+    [
+        ([50.0, NAN, 40.0], None, 50.0),
+        ([NAN, 50.0, INF], None, 50.0),
+        ([-INF, 3.0, NAN], True, 3.0),
+        ([50.0, 40.0], True, 40.0),
+        ([NAN, INF], None, INF),  # nothing to choose from: the newest is shown
+    ],
+)
+def test_what_isnt_finite_is_never_the_best(values: list[float], lower: bool | None, expected: float) -> None:
+    rows = [{"step": n, "name": "knn", "values": {"top1": value}} for n, value in enumerate(values)]
+    found = best(rows, lower=lower)
+    assert found is not None and found.value == expected
+    bad = [{"step": 1, "name": "knn", "values": {"top1": value}} for value in (True, "9", None, [1], 10**400)]
+    assert registry.scores(bad, "knn/top1") == []
+
+
+SHAPES: dict[str, Any] = {
+    "metrics.jsonl": [
+        '{"step": null}', '{"step": "abc"}', '{"step": -1}', '{"step": 1e400}', '{"loss": 1}', "[1]", "7",
+        '{"step": 9, "loss": "low"}', '{"step": 9, "loss": [1]}', '{"step": 9, "seconds": {}}',
+        '{"step": 9, "seconds": null}', '{"step": 9, "samples_per_second": "x"}', '{"step": 9, "loss": true}',
+    ],
+    "evaluations.jsonl": [
+        '{"step": null, "name": "knn", "values": {}}', '{"step": 9, "name": "knn", "values": [1]}',
+        '{"step": 9, "name": 3, "values": {}}', '{"step": 9}', "null", '"x"',
+    ],
+    "run.json": [
+        "{", "", "[]", "7", "\0\0", '{"status": 3}', '{"status": "dnoe"}', '{"status": null}',
+        '{"attempts": {}}', '{"attempts": [1]}', '{"attempts": "x"}', '{"step": "x"}', '{"heartbeat": 3}',
+        '{"total_steps": "many"}', '{"error": {}}', '{"host": []}',
+    ],
+    "slurm.json": [
+        "{", "[]", '{"job_id": 7, "cluster": {}}', '{"job_id": "7", "cluster": null}',
+        '{"job_id": "7", "cluster": {"executor": 3}}', '{"job_id": "../7", "cluster": {}}',
+        '{"job_id": "7", "cluster": {}, "log_folder": 3}', '{"job_id": "7", "cluster": {}, "history": {}}',
+        '{"job_id": "7", "cluster": {}, "cancelled": []}',
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", SHAPES)
+def test_runs_of_another_shape_are_named_and_the_table_stays(
+    tmp_path: Path,
+    jobs: dict[str, JobState],
+    monkeypatch: pytest.MonkeyPatch,
+    keel: Callable[..., Said],
+    file: str,
+) -> None:
+    """Each kind of breakage in a run of its own, between two that are well."""
+    Told(monkeypatch)
+    for name in ("a", *(f"b{number:02d}" for number in range(len(SHAPES[file]))), "c"):
+        make_run(
+            tmp_path / name,
+            run=state(status="failed", attempts=attempts("preempted")),
+            job=submission(),
+            rows=3,
+            evaluations={3: {"top1": 5.0}},
+        )
+    for number, content in enumerate(SHAPES[file]):
+        path = tmp_path / f"b{number:02d}" / file
+        if file.endswith("l"):
+            with path.open("a") as rows:
+                rows.write(content + "\n")
+        elif file == "run.json" and content.startswith('{"'):
+            path.write_text(json.dumps({**state(status="failed"), **json.loads(content)}))
+        else:
+            path.write_text(content)
+    code, out, err = keel("runs", tmp_path, "--json")
+    found = json.loads(out)
+    assert (code, err, found[0]["broken"], found[-1]["broken"]) == (0, "", "", "")
+    for run, content in zip(found[1:-1], SHAPES[file], strict=True):
+        assert f"{file}: " in run["broken"] and run["broken"] in run["note"], (content, run)
+    assert keel("runs", tmp_path)[0] == 0
+    for metric in ("knn/top1", "loss"):
+        code, out, _ = keel("best", tmp_path, "--metric", metric, "--json")
+        assert code == 0 and {Path(one["run"]).name for one in json.loads(out)} >= {"a", "c"}
+    for run in found:
+        for done in (manage.cancel, manage.resumable):
+            with suppress(RunError):  # and nothing else
+                done([Path(run["path"])])
+
+
+def test_a_run_whose_state_is_gone_isnt_taken_for_a_new_one(
+    tmp_path: Path, jobs: dict[str, JobState], keel: Callable[..., Said]
+) -> None:
+    for name in ("gone", "torn"):
+        make_run(tmp_path / name, run=state(), rows=3)
+    (tmp_path / "gone" / "run.json").unlink()
+    (tmp_path / "torn" / "run.json").write_text('{"status": "do')
+    found = list_runs(tmp_path)
+    assert [(run.state, run.resumable) for run in found] == [("unreadable", False)] * 2
+    assert found[0].note == "run.json: is gone, and the run has trained"
+    for name in ("gone", "torn"):
+        code, _, err = keel("resume", tmp_path / name)
+        assert code == 2 and "run.json: is " in err and "restore it from a copy" in err
 
 
 @contextmanager
@@ -512,6 +616,73 @@ def test_best_prefers_what_can_be_exported(tmp_path: Path, keel: Callable[..., S
     assert (code, err) == (
         2, f"error: --metric: no run below {tmp_path} has linear/top1; evaluated were: knn/top1\n"
     )  # fmt: skip
+
+
+def test_best_gives_nan_no_place_and_says_how_its_runs_stand(
+    tmp_path: Path, jobs: dict[str, JobState], keel: Callable[..., Said]
+) -> None:
+    for name, values in {
+        "a-nan": {20: NAN}, "b": {10: 50.0, 20: NAN}, "c": {20: 70.0}, "d-inf": {20: INF}, "e": {20: 40.0},
+    }.items():  # fmt: skip
+        make_run(tmp_path / name, run=state(), evaluations={n: {"top1": v} for n, v in values.items()})
+    make_run(tmp_path / "f", run=state(status="failed", error="x y"), evaluations={20: {"top1": 60.0}})
+
+    def ranked(*more: str) -> list[str]:
+        out = keel("best", tmp_path, "--metric", "knn/top1", "--json", *more)[1]
+        found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} isn't JSON"))
+        assert [one["comparable"] for one in found] == [True] * 4 + [False] * 2
+        assert [one["value"] for one in found if not one["comparable"]] == [None, None]
+        return [Path(one["run"]).name for one in found]
+
+    assert ranked() == ["c", "f", "b", "e", "a-nan", "d-inf"]
+    assert ranked("--lower") == ["e", "b", "f", "c", "a-nan", "d-inf"]
+    lines = keel("best", tmp_path, "--metric", "knn/top1")[1].splitlines()
+    assert lines[1].split() == [
+        "60",
+        "step",
+        "20",
+        "failed",
+        "f",
+        "(no",
+        "checkpoint",
+        "of",
+        "that",
+        "step;",
+        "x",
+        "y)",
+    ]
+    assert lines[4].split()[:5] == ["nan", "step", "20", "done", "a-nan"] and "has no place" in lines[4]
+    for order in ("-best", "best"):
+        out = keel("runs", tmp_path, "--sort", order, "--json")[1]
+        found = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} isn't JSON"))
+        assert [run["name"] for run in found][-2:] == ["a-nan", "d-inf"]
+        assert next(run for run in found if run["name"] == "b")["best"]["value"] == 50
+    (row,) = [line for line in keel("runs", tmp_path)[1].splitlines() if line.startswith("a-nan")]
+    assert "knn/top1 nan" in row
+    for name in "bcef":
+        shutil.rmtree(tmp_path / name)
+    code, _, err = keel("best", tmp_path, "--metric", "knn/top1", "--export", tmp_path / "out")
+    assert code == 2 and "finite in none of these runs" in err and not (tmp_path / "out").exists()
+
+
+def test_losses_that_mean_something_else_arent_ranked_together(
+    tmp_path: Path, jobs: dict[str, JobState], keel: Callable[..., Said]
+) -> None:
+    for name, objective in (("a", "mae"), ("b", "mae"), ("c", "moco")):
+        make_run(tmp_path / name, run=state(), objective=objective, rows=10, evaluations={1: {"top1": 1.0}})
+    code, _, err = keel("best", tmp_path, "--metric", "loss")
+    assert code == 2 and err.startswith("error: --metric: loss of mae and moco can't be compared")
+    assert keel("best", tmp_path, "--metric", "knn/top1")[::2] == (0, "")
+    shutil.rmtree(tmp_path / "c")
+    code, out, err = keel("best", tmp_path, "--metric", "loss", "--json")
+    assert (code, err) == (0, "")  # the mean over the last fifth, not one batch's
+    assert [one["value"] for one in json.loads(out)] == [pytest.approx((1 / 9 + 1 / 10) / 2)] * 2
+    config = tmp_path / "b" / "config.yaml"
+    config.write_text(config.read_text().replace("  crop: [0, 1]\n", "  crop: [0, 1]\n  mask_ratio: 0.9\n"))
+    config = tmp_path / "a" / "config.yaml"
+    config.write_text(config.read_text().replace("  crop: [0, 1]\n", "  crop: [0, 1]\n  mask_ratio: 0.5\n"))
+    code, _, err = keel("best", tmp_path, "--metric", "loss")
+    assert code == 0 and err.startswith("note: objective.mask_ratio differs among these runs")
 
 
 def test_watch_ends_with_ctrl_c(tmp_path: Path) -> None:

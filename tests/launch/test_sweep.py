@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, RunError
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
 from launch import sweep as sweeps
@@ -124,6 +126,124 @@ def test_a_dry_run_shows_the_script_of_what_is_due(
     assert not (tmp_path / "sweep").exists()
 
 
+def finished(path: str) -> None:
+    """Make the sweep's members, and have them be done."""
+    sweep = load_sweep(path)
+    planned = plan(sweep)
+    make_ready(planned, ranks=1)
+    sweeps.write_record(sweep, planned)
+    for one in planned:
+        ended(one.folder, status="done")
+
+
+def made_otherwise(tmp_path: Path, digits: Path, what: str) -> dict[str, Any]:
+    """What of a sweep's file, or of what it names, makes other runs of the same names."""
+    own = tmp_path / "o" / "own.yaml"
+    overrides = {"data.manifest": str(digits), "train.duration": "4 steps"}
+    if what == "overrides":
+        return {"overrides": overrides | {"train.duration": "8 steps"}}
+    if what == "another sweep, with one member of the same name":
+        return {"overrides": overrides | {"objective.mask_ratio": 0.9}, "grid": {"run.seed": [0, 7]}}
+    if what == "another sweep, with none":
+        return {"overrides": overrides | {"train.duration": "8 steps"}, "grid": {"run.seed": [8, 9]}}
+    if what == "a base config":
+        own.write_text(own.read_text().replace("0.6", "0.7"))
+    elif what == "the base of a config":
+        (tmp_path / "o" / "base.yaml").write_text("base: [mae.yaml]\ntrain: {gradient_clip: 0.25}\n")
+        own.write_text("base: base.yaml\n" + own.read_text().partition("\n")[2])
+    elif what == "the data":
+        shutil.rmtree(tmp_path / "data")
+        shutil.copytree(digits.parents[1] / "val", tmp_path / "data")
+    elif what == "the config is gone":
+        own.unlink()
+        return {"configs": ["smoke/mae"], "grid": {"run.seed": [8, 9]}}
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("what", "line"),
+    [
+        ("overrides", "train.duration: found '8 steps', but it was '4 steps' (in o-own-seed=0-"),
+        ("another sweep, with one member of the same name", "objective.mask_ratio: found 0.9, but it was 0.6"),
+        ("another sweep, with none", "train.duration: found '8 steps', but it was '4 steps' (in o-own-seed=0-"),
+        ("a base config", "objective.mask_ratio: found 0.7, but it was 0.6 (in o-own-seed=0-"),
+        ("the base of a config", "train.gradient_clip: found 0.25, but it was"),
+        ("the data", "data: the manifest there was "),
+        ("the config is gone", "can't be made with today's settings: "),
+    ],
+)  # fmt: skip
+def test_a_folder_holds_one_sweep_and_finished_members_are_compared_as_well(
+    file: Callable[..., str], tmp_path: Path, digits: Path, what: str, line: str,
+    keel: Callable[..., tuple[int, str, str]],
+) -> None:  # fmt: skip
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "mae.yaml").write_text((Path("configs/smoke/mae.yaml")).read_text())
+    (tmp_path / "o" / "own.yaml").write_text("base: mae.yaml\nobjective: {mask_ratio: 0.6}\n")
+    own = str(tmp_path / "o" / "own")
+    manifest = digits
+    if what == "the data":
+        shutil.copytree(digits.parent, tmp_path / "data")
+        manifest = tmp_path / "data" / "manifest.json"
+    asked = {"configs": [own], "grid": {"run.seed": [0, 1]},
+             "overrides": {"data.manifest": str(manifest), "train.duration": "4 steps"}}  # fmt: skip
+    finished(file(**asked))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    grown = file(**asked | {"grid": {"run.seed": [0, 1, 2]}})
+    assert [one.due for one in plan(load_sweep(grown))] == [False, False, True]  # growing is fine
+    code, out, err = keel("sweep", file(**asked | made_otherwise(tmp_path, digits, what)))
+    assert (code, out) == (2, "") and line in err, err
+    assert f"dir: {tmp_path / 'sweep'} holds members" in err or what == "the config is gone"
+    assert all(path.read_bytes() == data for path, data in before.items() if path.parent.name != "data")
+
+
+def test_a_finished_member_whose_state_is_torn_isnt_submitted_again(file: Callable[..., str]) -> None:
+    path = file(grid={"run.seed": [0, 1]})
+    finished(path)
+    torn = plan(load_sweep(path))[0].folder / "run.json"
+    torn.write_text(torn.read_text()[:20])
+    with pytest.raises(RunError, match=r"seed=0-\w+: run\.json: is torn, or no JSON\nrestore them"):
+        plan(load_sweep(path))
+
+
+def test_what_a_resumed_run_may_change_a_sweep_may_too(file: Callable[..., str], digits: Path) -> None:
+    finished(file(grid={"run.seed": [0]}))
+    overrides = {"data.manifest": str(digits), "train.duration": "4 steps", "data.workers": 0}
+    assert [one.due for one in plan(load_sweep(file(grid={"run.seed": [0]}, overrides=overrides)))] == [False]
+
+
+def test_one_run_under_two_names_is_refused(file: Callable[..., str]) -> None:
+    twice = file(configs=["smoke/mae", "configs/smoke/mae.yaml"], grid={"run.seed": [0]})
+    with pytest.raises(ConfigError, match=r"members: smoke-mae-seed=0-\w+ and smoke-mae-seed=0-\w+ are the"):
+        plan(load_sweep(twice))
+    with pytest.raises(ConfigError, match="are the same run; leave one of them out"):
+        plan(load_sweep(file(grid={"run.seed": [0, "0"]})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"grid": {"optimizer.lr": 1e-3}}, "grid.optimizer.lr: found 0.001; input should be a valid list"),
+        ({"configs": []}, "configs: found []; a list should have at least 1 item"),
+        ({"early_stop": {"rule": "median", "rungs": 0.5}}, "early_stop.rungs: found 0.5; input should be a "
+         "valid list"),
+    ],
+)  # fmt: skip
+def test_messages_speak_of_what_yaml_has(
+    file: Callable[..., str], changes: dict[str, Any], line: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        load_sweep(file(**changes))
+
+
+@pytest.mark.parametrize("record", ["", "[]", '{"runs": [1]}', '{"runs": {"a": 1}}', "\0\0"])
+def test_a_torn_record_of_a_sweep_is_named(file: Callable[..., str], tmp_path: Path, record: str) -> None:
+    path = file(grid={"run.seed": [0]})
+    finished(path)
+    (tmp_path / "sweep" / "sweep.json").write_text(record)
+    with pytest.raises(RunError, match=r"sweep\.json: can't be read as a sweep's record"):
+        plan(load_sweep(path))
+
+
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
@@ -208,7 +328,7 @@ def test_a_sweep_runs_here_and_its_members_give_themselves_up(
     for number in range(3):  # so many that both are stopped, whichever comes to the rung first
         (root / f"unbeatable-{number}").mkdir(parents=True)
         (root / f"unbeatable-{number}" / "early_stop.json").write_text(
-            '{"rungs": {"0.0005": {"value": 0.0}}}'
+            '{"rungs": {"0.0005": {"value": 0.0, "metric": "loss"}}}'
         )
     keel("sweep", path)
     runs = json.loads(keel("runs", str(root), "--json"))

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import collectives, losses
 from pretrain.accumulation import SumOfMicroBatches, WholeShare, accumulate_for
-from pretrain.types import Embeddings, LossOutput, ParamGroup, Progress, WholeBatchObjective
+from pretrain.types import Embeddings, LossOutput, Objective, ParamGroup, Progress, WholeBatchObjective
 
 CLOCK = Progress(step=0, samples=0, total_steps=5, dataset_size=100)
 
@@ -110,6 +111,50 @@ def test_ranks_and_stages_give_the_gradient_of_the_global_loss(
         for name, gradient in gradients(plain).items():
             error = (changes[name] - gradient).abs().max() / gradient.abs().max().clamp(min=1e-9)
             assert error < 1e-4, name
+
+
+class Prepared(Pairs):
+    """Asks for a call that a whole-batch loss doesn't get."""
+
+    def before_step(self, share: Batch, progress: Progress) -> None:
+        raise AssertionError("is never called")
+
+
+class PreparedAndSaid(Prepared):
+    needs_whole_share = True
+
+
+class Asking(Pairs):
+    needs_whole_share = True
+
+
+class Unsaid(Objective):
+    """Has a `before_step`, and forgot to say so."""
+
+    def forward(self, batch: Batch, progress: Progress) -> LossOutput:
+        raise NotImplementedError
+
+    def before_step(self, share: Batch, progress: Progress) -> None:
+        raise AssertionError("is never called")
+
+    def param_groups(self) -> list[ParamGroup]:
+        return []
+
+
+@pytest.mark.parametrize("kind", [Prepared, PreparedAndSaid, Asking])
+def test_a_whole_batch_loss_that_expects_before_step_is_refused(kind: type[Pairs]) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"objective\.name: {kind.__name__} is a WholeBatchObjective, whose"
+    ):
+        accumulate_for(kind(2), 2, lambda batch: batch)
+
+
+def test_a_before_step_that_would_not_be_called_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"objective\.name: Unsaid has a before_step .* needs_whole_share"):
+        accumulate_for(Unsaid(), 2, lambda batch: batch)
+    said = Unsaid()
+    said.needs_whole_share = True  # type: ignore[misc]
+    assert isinstance(accumulate_for(said, 2, lambda batch: batch), SumOfMicroBatches)
 
 
 def test_the_kind_of_loss_decides() -> None:

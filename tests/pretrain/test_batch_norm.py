@@ -80,6 +80,43 @@ def test_sync_is_one_batch_on_any_number_of_ranks(ranks: Callable[..., Any], sha
     torch.testing.assert_close(parts[0][2], plain.state_dict()["0.running_var"], rtol=1e-4, atol=1e-5)
 
 
+def far_from_zero(shape: list[int]) -> tuple[Tensor, ...]:
+    """Output, gradient and running variance of this rank's part, means of about 100 and deviations of .1."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    x = far(shape).chunk(dist.get_world_size())[dist.get_rank()].requires_grad_()
+    layer = batch_norm.convert(layer_for(tuple(shape)), "sync")
+    out = layer(x)
+    (out * weights(shape).chunk(dist.get_world_size())[dist.get_rank()]).sum().backward()
+    assert x.grad is not None
+    return out.detach(), x.grad, layer.state_dict()["0.running_var"]
+
+
+def far(shape: list[int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.1 + 100
+
+
+def weights(shape: list[int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sync_is_torchs_where_the_mean_is_far_from_zero(ranks: Callable[..., Any], count: int) -> None:
+    """In float32 against torch's own in float64: the mean of squares has no digits left there."""
+    shape = [64, 5, 3, 4]
+    plain, x = layer_for(tuple(shape)).double(), far(shape).double().requires_grad_()
+    out = plain(x)
+    (out * weights(shape)).sum().backward()
+    assert x.grad is not None
+    parts = ranks(count, far_from_zero, shape=shape)
+    for index, want, tolerance in ((0, out.detach(), 1e-3), (1, x.grad, 5e-3)):
+        made = torch.cat([part[index] for part in parts]).double()
+        assert float((made - want).abs().max()) < tolerance * float(want.abs().max())
+    torch.testing.assert_close(parts[0][2].double(), plain.state_dict()["0.running_var"], rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("kind", ["grouped", "sync"])
 def test_recomputation_does_not_move_statistics_twice(kind: Any) -> None:
     layer = batch_norm.convert(layer_for((12, 5)), kind, 4)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import open_clip
 import pytest
+import torch
 
 from configs.errors import RunError
 from configs.loading import load
-from pretrain import export_open_clip, run
+from data_pipeline.tokenize import TokenizerConfig
+from pretrain import encoders, export_open_clip, run
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
+from pretrain.export import ExportMismatchError
 from pretrain.folder import RunFolder
 from pretrain.health import StopRequest
+from pretrain.types import BuildContext
 from tests.conftest import Ranks
 
-pytest.importorskip("open_clip")
 RESNET = ("encoder.name=resnet18",)
 
 
@@ -36,10 +43,13 @@ def trained(ranks: Ranks, root: Path, *overrides: str, smoke: str = "clip") -> P
     return root
 
 
+QUICK = ("data.tokenizer.cleaning=clip", "objective.text.activation=quick_gelu")
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("objective.loss=sigmoid",),
+        ("objective.loss=sigmoid", *QUICK, "encoder.args.act_layer=quick_gelu"),
         (
             "encoder.name=vit_base_patch32_clip_224",
             "encoder.args={init_values: 0.1, patch_size: 8, depth: 2}",
@@ -51,6 +61,8 @@ def test_embeddings_are_the_same(tmp_path: Path, ranks: Ranks, overrides: tuple[
     root = trained(ranks, tmp_path / "run", *overrides)
     result = export_open_clip.export(root, tmp_path / "out")
     assert result.max_difference < 1e-5
+    compared = importlib.util.find_spec("transformers") is not None
+    assert any("wasn't compared" in remark for remark in result.remarks) != compared
     config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
     assert config["preprocess_cfg"]["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
     with pytest.raises(RunError, match="exists already"):
@@ -58,6 +70,86 @@ def test_embeddings_are_the_same(tmp_path: Path, ranks: Ranks, overrides: tuple[
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: open_clip" in card and "name: clip" in card.split("```yaml")[1]
     export_open_clip.export(root, tmp_path / "out", force=True)
+
+
+TRANSFORMERS = """
+import json, pathlib, types, tokenizers, torch
+
+class AutoTokenizer:
+    @staticmethod
+    def from_pretrained(folder, cache_dir=None):
+        folder = pathlib.Path(folder)
+        library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        library.encode_special_tokens = config["split_special_tokens"]
+        pad = config["pad_token"]
+
+        def call(texts, return_tensors, max_length, padding, truncation):
+            library.enable_truncation(max_length)
+            library.enable_padding(length=max_length, pad_token=pad, pad_id=library.token_to_id(pad))
+            rows = [encoding.ids for encoding in library.encode_batch(texts)]
+            return types.SimpleNamespace(input_ids=torch.tensor(rows))
+
+        return call
+"""
+"""What open_clip asks of transformers, so that the comparison runs where that isn't installed."""
+
+
+@pytest.fixture
+def with_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For fresh processes."""
+    (tmp_path / "stand-in").mkdir()
+    (tmp_path / "stand-in" / "transformers.py").write_text(TRANSFORMERS)
+    before = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'stand-in'}{os.pathsep}{before}")
+
+
+@pytest.mark.usefixtures("with_transformers")
+def test_unclean_captions_are_compared_and_what_differs_is_said(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = trained(ranks, tmp_path / "run")
+    result = export_open_clip.export(root, tmp_path / "out")
+    assert len(result.remarks) == 1, "the comparison was made"
+    assert "a red circle &amp;amp; more' and the like get other tokens than in training" in result.remarks[0]
+    assert "data.tokenizer.cleaning=clip" in result.remarks[0]
+    assert result.remarks[0] in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.setattr(export_open_clip, "_encoded", lambda trained, **_: torch.ones(12, 24).long())
+    with pytest.raises(ExportMismatchError, match="tokenizer cuts 'a small red star"):
+        export_open_clip.export(root, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_comparison_that_was_not_made_is_said(tmp_path: Path) -> None:
+    tokenizer = TokenizerConfig(path="openai", context=24)
+    run = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer)))
+    assert export_open_clip._remarks(run, torch.zeros(1)) == ()  # type: ignore[arg-type]
+    (said,) = export_open_clip._remarks(run, None)  # type: ignore[arg-type]
+    assert "wasn't compared" in said and "transformers isn't installed" in said and "extra open-clip" in said
+
+
+def test_towers_of_two_activations_are_a_line(tmp_path: Path, ranks: Ranks) -> None:
+    root = trained(ranks, tmp_path / "run", "objective.text.activation=quick_gelu")
+    with pytest.raises(RunError, match="its activation is gelu, the text tower's quick_gelu, and open_clip"):
+        export_open_clip.export(root, tmp_path / "out")
+
+
+def test_siglips_tower_goes_over_as_timms() -> None:
+    """Names and shapes: nothing is computed."""
+    config = load("clip/siglip_vitb16", RunConfig)
+    with torch.device("meta"):
+        encoder = encoders.build(config.encoder, (224, 224))
+        pair = config.objective.build(BuildContext(encoder, (224, 224), 10**6, 32, None))
+        run = SimpleNamespace(config=config, image_size=(224, 224))
+        weights, model = export_open_clip._image_tower(pair, run)  # type: ignore[arg-type]
+        text = export_open_clip._text_config(pair)  # type: ignore[arg-type]
+        model.pop("custom_text")
+        theirs = open_clip.CLIP(**model, text_cfg=text).visual.state_dict()
+    assert {f"visual.{n}": v.shape for n, v in theirs.items()} == {n: v.shape for n, v in weights.items()}
+    assert model["vision_cfg"]["timm_pool"] == "map" and model["vision_cfg"]["timm_proj"] == "none"
+    small = SimpleNamespace(config=config, image_size=(64, 64))
+    with pytest.raises(RunError, match=r"data\.image_size: found \(64, 64\); open_clip makes timm's"):
+        export_open_clip._image_tower(pair, small)  # type: ignore[arg-type]
 
 
 def test_an_objective_without_text_is_a_line(tmp_path: Path, ranks: Ranks) -> None:

@@ -27,7 +27,7 @@ from data_pipeline.transform import center_view
 from data_pipeline.types import CenterCrop
 from pretrain import encoders, export, trained
 from pretrain.config import RunConfig
-from pretrain.encoders import EncoderConfig, torchvision_compat
+from pretrain.encoders import EncoderConfig
 from pretrain.evaluators.schedule import write as record
 from pretrain.export_open import open_timm
 from pretrain.run import prepare
@@ -72,11 +72,10 @@ CASES = {
 }  # fmt: skip
 
 OPEN_ALL = """
-import json, runpy, sys
+import json, sys
 import torch
 from safetensors.torch import load_file, save_file
-folder, shim = sys.argv[1:]
-runpy.run_path(shim)
+(folder,) = sys.argv[1:]
 import timm
 found = {}
 for name in json.load(open(folder + "/names.json")):
@@ -158,7 +157,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     place = found.root / "exports"
     (place / "names.json").write_text(json.dumps(names))
     save_file({"images": images()}, place / "images.safetensors")
-    command = [sys.executable, "-P", "-c", OPEN_ALL, str(place), str(torchvision_compat.__file__)]
+    command = [sys.executable, "-P", "-c", OPEN_ALL, str(place)]
     subprocess.run(command, check=True, cwd=place, timeout=120)
     found.reopened = load_file(place / "features.safetensors")
     yield found

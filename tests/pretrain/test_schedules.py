@@ -20,6 +20,15 @@ def test_warmup_then_half_cosine() -> None:
     assert got[0] == 0 and got[warmup] == peak
 
 
+def test_a_warmup_may_begin_above_zero() -> None:
+    """open_clip's: step k of w at (k + 1) / w, so that the last step of it has the peak already."""
+    rates = [warmup_then("cosine", k, 50, 10, 0.3, first="one") for k in range(11)]
+    np.testing.assert_allclose(rates, [*(0.03 * (np.arange(10) + 1)), 0.3], rtol=1e-12)
+    config = OptimizerConfig.model_validate({"lr": 1.0, "warmup": "4 steps", "warmup_from": "one"})
+    schedule = config.schedule_for(batch_size=8, dataset_size=80, total_steps=10)
+    assert [schedule(Progress(k, 0, 10, 80)).lr for k in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
 def test_without_warmup_it_starts_at_the_peak() -> None:
     assert warmup_then("cosine", 0, 10, 0, 0.5) == 0.5
     assert warmup_then("constant", 9, 10, 3, 0.5) == 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch.nn import functional
 
@@ -10,9 +11,9 @@ from pretrain.encoders.text import TextConfig, TextTower
 CONFIG = TextConfig(vocabulary=50, context=12, width=16, depth=2, heads=4)
 
 
-def tower() -> TextTower:
+def tower(activation: str = "gelu") -> TextTower:
     torch.manual_seed(0)
-    return TextTower(CONFIG, embedding=6)
+    return TextTower(CONFIG.model_copy(update={"activation": activation}), embedding=6)
 
 
 def test_what_follows_eot_does_not_matter() -> None:
@@ -29,9 +30,10 @@ def test_length_does_not_matter() -> None:
     torch.testing.assert_close(tower()(tokens), tower()(padded))
 
 
-def test_it_equals_the_formula() -> None:
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_it_equals_the_formula(activation: str) -> None:
     """One head at a time, in float64, from the parameters alone."""
-    model, tokens = tower().double(), torch.tensor([[1, 7, 9, 49, 0]])
+    model, tokens = tower(activation).double(), torch.tensor([[1, 7, 9, 49, 0]])
     state = model.state_dict()
     x = state["token_embedding.weight"][tokens[0]] + state["positional_embedding"][:5]
     for number in range(2):
@@ -46,7 +48,8 @@ def test_it_equals_the_formula() -> None:
             heads.append(weights @ v[:, part])
         x = x + torch.cat(heads, 1) @ p["attn.out_proj.weight"].T + p["attn.out_proj.bias"]
         y = functional.layer_norm(x, (16,), p["ln_2.weight"], p["ln_2.bias"])
-        y = functional.gelu(y @ p["mlp.c_fc.weight"].T + p["mlp.c_fc.bias"])
+        y = y @ p["mlp.c_fc.weight"].T + p["mlp.c_fc.bias"]
+        y = functional.gelu(y) if activation == "gelu" else y / (1 + (-1.702 * y).exp())
         x = x + y @ p["mlp.c_proj.weight"].T + p["mlp.c_proj.bias"]
     x = functional.layer_norm(x, (16,), state["ln_final.weight"], state["ln_final.bias"])
     torch.testing.assert_close(model(tokens)[0], x[3] @ state["text_projection"])

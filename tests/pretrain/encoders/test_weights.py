@@ -64,6 +64,15 @@ def official_moco_v3(encoder: nn.Module) -> dict[str, Any]:
             lambda encoder: under("visual.trunk.", encoder) | {"logit_scale": torch.ones(())},
             "open_clip with timm's tower, left out: logit_scale",
         ),
+        (  # as open_clip's training on several GPUs saves it
+            VIT,
+            lambda encoder: {
+                "epoch": 3,
+                "state_dict": under("module.visual.trunk.", encoder)
+                | {"module.logit_scale": torch.ones(()), "module.transformer.x": torch.ones(1)},
+            },
+            "open_clip with timm's tower, left out: logit_scale, transformer",
+        ),
     ],
 )
 def test_official_checkpoints(tmp_path: Path, config: EncoderConfig, content: Any, told: str) -> None:
@@ -75,13 +84,15 @@ def test_official_checkpoints(tmp_path: Path, config: EncoderConfig, content: An
         assert torch.equal(encoder.state_dict()[name], value), name
 
 
-def test_clips_own_tower_gives_the_same_features(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_clips_own_tower_gives_the_same_features(tmp_path: Path, prefix: str) -> None:
     import open_clip
     from open_clip.transformer import VisionTransformer
 
     torch.manual_seed(0)
     tower = VisionTransformer(32, 8, 64, 2, 1, 4.0, output_dim=16)
-    torch.save(under("visual.", tower) | {"logit_scale": torch.ones(())}, tmp_path / "clip.pt")
+    content = under(f"{prefix}visual.", tower) | {f"{prefix}logit_scale": torch.ones(())}
+    torch.save({"state_dict": content, "name": "a run"}, tmp_path / "clip.pt")
     config = EncoderConfig(
         name="vit_base_patch32_clip_224", args={"patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}
     )

@@ -161,18 +161,25 @@ def test_impossible_settings_are_one_line(
 
 
 class Driven(CLIP):
-    """Its loss only wants a larger scale."""
+    """Its loss only wants a larger scale, or a smaller one."""
+
+    towards = 1.0
 
     def loss(self, embeddings: Embeddings, progress: Progress) -> LossOutput:
         output = super().loss(embeddings, progress)
-        return output._replace(loss=output.loss * 0 - 5 * self.logit_scale.sum())
+        return output._replace(loss=output.loss * 0 - 5 * self.towards * self.logit_scale.sum())
 
 
-def scale_after(stage: int) -> list[float]:
+class DrivenDown(Driven):
+    towards = -1.0
+
+
+def scale_after(stage: int, up: bool) -> list[float]:
     """The log scale after a step that drives it beyond its bound, and after one more of rate 0."""
     here = processes.start("cpu")
-    model = make(start_scale=90.0, text=TEXT | {"width": 400})  # wide enough for ZeRO-3 to take it apart
-    model.__class__ = Driven
+    # Wide enough for ZeRO-3 to take it apart.
+    model = make(start_scale=90.0 if up else 1.5, text=TEXT | {"width": 400})
+    model.__class__ = Driven if up else DrivenDown
     engine = deepspeed.initialize(
         model,
         lambda groups: torch.optim.SGD([{"params": [p for _, p in g.parameters]} for g in groups], lr=1.0),
@@ -194,10 +201,22 @@ def scale_after(stage: int) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_scale_is_bounded_in_the_master_too(ranks: Any, stage: int) -> None:
-    for found in ranks(2, scale_after, stage=stage):
-        assert found == [pytest.approx(math.log(100), abs=1e-6)] * 2
+@pytest.mark.parametrize(
+    ("stage", "up"), [(0, True), (1, True), (2, True), (3, True), (1, False), (3, False)]
+)
+def test_the_scale_is_bounded_in_the_master_too(ranks: Any, stage: int, up: bool) -> None:
+    """By 100, and from below by 1 as in open_clip (train.py)."""
+    for found in ranks(2, scale_after, stage=stage, up=up):
+        assert found == [pytest.approx(math.log(100) if up else 0.0, abs=1e-6)] * 2
+
+
+def test_without_a_projection_the_feature_is_the_embedding() -> None:
+    model, batch = make(RESNET, width=16, projection=False), batch_of()
+    images, _ = model.eval().embed(batch)
+    np.testing.assert_allclose(images.detach().numpy(), unit(model.encoder(batch.views[0])), atol=1e-6)
+    assert not any("image_projection" in name for name in model.state_dict())
+    with pytest.raises(ConfigError, match=r"objective\.width: found 12, .* must be the 16 numbers"):
+        make(RESNET, projection=False)
 
 
 def test_a_tower_without_batch_norm_takes_any_micro_batch() -> None:

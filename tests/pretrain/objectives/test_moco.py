@@ -52,8 +52,8 @@ class PlainUpdate:
     def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.copy_(value)
 
-    def clamp(self, parameter: nn.Parameter, highest: float) -> None:
-        parameter.data.clamp_(max=highest)
+    def clamp(self, parameter: nn.Parameter, highest: float, lowest: float | None = None) -> None:
+        parameter.data.clamp_(lowest, highest)
 
 
 def test_a_step_is_the_papers_algorithm() -> None:

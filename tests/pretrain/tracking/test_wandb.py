@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from configs.errors import RunError
+from configs.errors import ConfigError, RunError
+from configs.loading import load
+from pretrain.config import RunConfig
 from pretrain.tracking.wandb import Wandb, _mode, has_key, offline_folders, upload
 from pretrain.types import Progress, Scores
 from tests.pretrain.tracking.server import server
@@ -171,29 +181,134 @@ def test_the_death_of_its_process_does_not_stop_training(
     attempt(tmp_path, 0, range(1, 6))
     assert gone.calls == 1
     assert caplog.messages == [
-        "W&B is gone; going on without it until the next start: ConnectionResetError('Connection lost')"
+        "W&B is gone; going on without it until the next start: ConnectionResetError('Connection lost') "
+        f"(what it kept of this attempt: {tmp_path}/wandb; `wandb sync` sends that)"
     ]
 
 
-def test_an_unreachable_server_does_not_stop_training(
+def own(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What keel said of it; W&B's client keeps a log of its own."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("pretrain")]
+
+
+@contextmanager
+def answering(status: int | None) -> Iterator[str]:
+    """A server's URL: it says `status` to everything; None: it takes connections and says nothing."""
+    ended = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length") or 0))
+            if status is None:
+                ended.wait(60)
+                return
+            self.send_response(status)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        listening.daemon_threads = True
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.server_port}"
+        ended.set()
+        listening.shutdown()
+
+
+@contextmanager
+def nobody() -> Iterator[str]:
+    """A URL where nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    "server_like",
+    [
+        pytest.param(nobody, id="no route"),
+        pytest.param(partial(answering, 401), id="a key that isn't known"),
+        pytest.param(partial(answering, None), id="no answer"),
+    ],
+)
+def test_a_server_that_cant_be_had_does_not_stop_training(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    server_like: Callable[[], AbstractContextManager[str]],
+) -> None:
+    """W&B's own client: what it couldn't send while training waits for `keel sync`, which sends it all."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr("pretrain.tracking.wandb.INIT_PATIENCE", 3.0)
+    with server_like() as url:
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        attempt(tmp_path, 0, range(1, 4), end="done")
+    [said] = own(caplog)
+    assert said.startswith("W&B can't be had, tracking offline; `keel sync` sends it later: ")
+    finished(tmp_path)
+    waiting = offline_folders(tmp_path)
+    assert len(waiting) == 1
+    with server() as received:
+        monkeypatch.setenv("WANDB_BASE_URL", received.url)
+        upload(waiting)
+        [(run, rows)] = received.history.items()
+    assert run == "abcd1234" and [row["_step"] for row in rows] == [1, 2, 3]
+    assert offline_folders(tmp_path) == []
+
+
+def test_a_client_that_cant_start_at_all_does_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import wandb
 
-    original, modes = wandb.init, []
+    def broken(**arguments: object) -> None:
+        raise OSError(28, "No space left on device")
 
-    def refuse_online(*, mode: str, **arguments: Any) -> Any:
-        modes.append(mode)
-        if mode == "online":
-            raise wandb.errors.CommError("no route to host")
-        return original(mode=mode, **arguments)
+    monkeypatch.setattr(wandb, "init", broken)
+    attempt(tmp_path, 0, range(1, 4), end="done", record=RECORD)
+    [said] = own(caplog)
+    assert said.startswith("W&B can't be started; going on without it until the next start: ")
 
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    monkeypatch.setattr(wandb, "init", refuse_online)
-    attempt(tmp_path, 0, range(1, 3))
-    assert modes == ["online", "offline"]
-    assert "tracking offline" in caplog.text
-    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 1
+
+def test_a_folder_whose_name_isnt_text_does_not_stop_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """W&B's client takes paths as text only."""
+    odd = tmp_path / os.fsdecode(b"gr\xf6\xdfe")
+    odd.mkdir()
+    attempt(odd, 0, range(1, 4), end="done", record=RECORD)
+    [said] = own(caplog)
+    assert said.startswith("W&B can't be started; going on without it until the next start: ")
+
+
+def test_odd_and_long_names_are_sent_as_far_as_they_are_text(tmp_path: Path) -> None:
+    odd = tmp_path / ("größe 100% = 'a\"b' \N{CJK UNIFIED IDEOGRAPH-732B} " + 180 * "x")
+    odd.mkdir()
+    tracker = Wandb(
+        odd, mode="auto", project="keel", name=odd.name, tags=[], group=odd.name, job_type="pretrain",
+        run_id="abcd1234", settings={"data": {"manifest": os.fsdecode(b"gr\xf6\xdfe")}},
+        already_sent=0, evaluations=list,
+    )  # fmt: skip
+    tracker.log({"step": 1, "loss": 1.0})
+    tracker.finish("done")
+    [run] = [record.run for record in finished(odd) if record.HasField("run")][:1]
+    assert run.display_name.startswith("größe 100% = 'a\"b' \N{CJK UNIFIED IDEOGRAPH-732B} xxx")
+    assert len(run.display_name) == len(run.run_group) == 128
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("track.project=a/b", "none of"),
+        ("track.project=" + 129 * "a", "1 to 128 characters"),
+        ("track.tags=['', fine]", "1 to 64"),
+        ("track.tags=[" + 65 * "a" + "]", "1 to 64"),
+    ],
+)
+def test_names_that_wandb_wouldnt_take_are_refused_first(setting: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=rf"track\..*{said}"):
+        load("smoke/mae", RunConfig, [setting])
 
 
 def test_without_a_key_it_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -206,9 +321,31 @@ def test_without_a_key_it_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert _mode("auto") == "disabled"
 
 
-def test_a_key_in_netrc_counts(tmp_path: Path) -> None:
+def test_a_key_of_an_older_client_counts(tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + "0" * 40 + "\n")
     assert has_key()
+
+
+@pytest.mark.parametrize("host", [[], ["--host=https://wandb.lab.example:8443"]])
+def test_after_wandb_login_there_is_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: list[str]
+) -> None:
+    """W&B's own command, which knows better than we where it keeps keys and hosts."""
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "settings"))
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert not has_key()
+    login = [str(Path(sys.executable).with_name("wandb")), "login", "--no-verify", *host, "0" * 40]
+    subprocess.run(
+        login, check=True, capture_output=True, timeout=60, env=os.environ | {"HOME": str(tmp_path)}
+    )
+    assert has_key()
+    assert _mode("auto") == "online"
+
+
+def test_a_netrc_that_cant_be_read_has_no_key(tmp_path: Path) -> None:
+    (tmp_path / "netrc").write_bytes(b"machine \xff\xfe")
+    assert not has_key()
 
 
 @pytest.fixture
