@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, RunError
 from configs.loading import load, validate
+from data_pipeline.files import write_whole
 from launch.progress import progress_bar
 from pretrain.config import RunConfig
 from pretrain.evaluate import evaluate as judge
@@ -122,14 +124,23 @@ def show(found: Mapping[str, Sequence[Scores]], *, as_json: bool) -> None:
 
 
 def save_pictures(source: str, scores: Sequence[Scores]) -> list[Path]:
-    """Write what was drawn to RUN/pictures, of another source to ./pictures; gives the files."""
+    """Write what was drawn to RUN/pictures, of another source to ./pictures; gives the files.
+
+    Raises `RunError` where they can't be written.
+    """
     folder = RunFolder(Path(source)).pictures if RunFolder(Path(source)).exists() else Path("pictures")
     written = []
     for score in scores:
         for name, picture in score.pictures.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            written.append(folder / f"{score.kind}-{name}.png")
-            image_of(picture).save(written[-1])
+            file, png = folder / f"{score.kind}-{name}.png", io.BytesIO()
+            image_of(picture).save(png, "PNG")
+            try:
+                write_whole(file, png.getvalue())
+            except OSError as error:
+                raise RunError(
+                    f"{file}: can't be written: {error.strerror}; make room, or let the folder be written to"
+                ) from error
+            written.append(file)
     return written
 
 

@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, RunError
 from launch import evaluate as launch_evaluate
-from launch.evaluate import chosen, own_evaluations, show, wanted
+from launch.evaluate import chosen, own_evaluations, save_pictures, show, wanted
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.export import export
 from pretrain.finetune import start_of
 from pretrain.types import Scores
+from tests.places import FullDisk
 from tests.pretrain.test_run import config_for, run_on
 
 Said = tuple[int, str, str]
@@ -83,6 +84,24 @@ def test_device_and_workers_reach_every_source(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="--device: found cuda, but there is no GPU here; use auto or cpu"):
         launch_evaluate.evaluate(["a"], [], device="cuda")
+
+
+def test_pictures_that_can_not_be_written_are_a_line_and_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = [Scores("pictures", {}, {}, {"größe": torch.rand(3, 8, 8), "other": torch.rand(3, 8, 8)})]
+    with FullDisk(tmp_path) as disk:
+        assert save_pictures("resnet18", drawn) == [
+            Path("pictures") / f"pictures-{n}.png" for n in ("größe", "other")
+        ]
+    shutil.rmtree("pictures")
+    for at in range(disk.calls):
+        with FullDisk(tmp_path, at), pytest.raises(RunError, match=r"\.png: can't be written: No space left"):
+            save_pictures("resnet18", drawn)
+        left = [each.name for each in Path("pictures").glob("*")]
+        assert set(left) <= {"pictures-größe.png"}, disk.log[at]
+        shutil.rmtree("pictures", ignore_errors=True)
 
 
 def test_without_a_run_an_evaluation_must_be_named() -> None:
