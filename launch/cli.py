@@ -60,6 +60,17 @@ app.command()(cli_sync.sync)
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")]
 Ranks = Annotated[int, typer.Option("--nproc", min=1, help="ranks on this machine")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+
+
+class DeviceName(StrEnum):
+    """Where a model is judged or fine-tuned."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU where there is one")]
 Step = Annotated[int | None, typer.Option(help="of the checkpoint; without it the newest")]
 
 
@@ -118,13 +129,19 @@ def evaluate(
         typer.Option(metavar="SOURCE", help="another to judge alike, beside it in the table"),
     ] = None,
     step: Step = None,
+    device: Device = DeviceName.auto,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="processes that decode; by default one a processor, at most 8")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON list on standard output")] = False,
 ) -> None:
     """Judge an encoder: by the run's own evaluations, or by those given."""
     from launch import evaluate
 
     evaluations = evaluate.wanted(source, settings or (), kind or (), data)
-    found = evaluate.evaluate([source, *(against or ())], evaluations, step)
+    found = evaluate.evaluate(
+        [source, *(against or ())], evaluations, step, device=device.value, workers=workers
+    )
     evaluate.show(found, as_json=as_json)
     for file in evaluate.save_pictures(source, found[source]):
         typer.echo(f"picture: {file}", err=as_json)
@@ -142,6 +159,7 @@ def finetune(
     scratch: Annotated[bool, typer.Option("--scratch", help="with random weights, for comparison")] = False,
     step: Step = None,
     seed: Annotated[int, typer.Option(help="of order, crops, mixing and the new layer")] = 0,
+    device: Device = DeviceName.auto,
     workers: Annotated[int, typer.Option(min=0, help="processes that decode")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
 ) -> None:
@@ -155,7 +173,9 @@ def finetune(
         source, step=step, scratch=scratch, seed=seed, pooling=settings.pooling,
         image_size=settings.image_size,
     )  # fmt: skip
-    found = finetune.run(start, data.expanduser(), settings, seed=seed, workers=workers, to=to)
+    found = finetune.run(
+        start, data.expanduser(), settings, seed=seed, workers=workers, to=to, device=device.value
+    )
     finetune.show(source, found, as_json=as_json)
 
 
