@@ -235,7 +235,8 @@ def _activation(encoder: nn.Module, names: Iterable[str], path: Path) -> tuple[s
     here = "quick GELU" if quick else "exact GELU"
     return (
         f"the file doesn't say its activation, and this encoder has the {here}: OpenAI's weights and "
-        "open_clip's -quickgelu ones are of the quick GELU (timm's vit_*_clip_quickgelu_*), its others of the exact one",
+        "open_clip's -quickgelu ones are of the quick GELU (timm's vit_*_clip_quickgelu_*), its others of "
+        "the exact one",
     )
 
 
