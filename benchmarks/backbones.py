@@ -56,6 +56,7 @@ class Architecture:
     args: Mapping[str, Any] = field(default_factory=dict)
     size: tuple[int, int] = (64, 64)
     other: tuple[int, int] = (96, 64)  # what its export is opened for besides
+    large: bool = False  # 100 M parameters or more, which CI doesn't train
 
     @property
     def encoder(self) -> EncoderConfig:
@@ -122,7 +123,7 @@ ARCHITECTURES = (
     Architecture("efficientformerv2_s0", "EfficientFormer v2"),
     Architecture("tiny_vit_5m_224", "TinyViT"),
     Architecture("densenet121", "DenseNet"),
-    Architecture("vgg11_bn", "VGG", {"num_features": 256}),
+    Architecture("vgg11_bn", "VGG", large=True),
     Architecture("ghostnet_050", "GhostNet"),
     Architecture("lcnet_035", "LCNet"),
     Architecture("hgnetv2_b0", "HGNet v2"),

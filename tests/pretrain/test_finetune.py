@@ -160,7 +160,6 @@ HEADLESS = {**SMALL, "class_token": False, "global_pool": "avg"}
         ("deit_tiny_distilled_patch16_224", {"depth": 1}, "token"),
         ("resnetv2_18", {}, "token"),
         ("densenet121", {"block_config": (1, 1), "growth_rate": 8}, "token"),
-        ("vgg11", {"num_features": 16}, "token"),
         ("mobilenetv3_small_050", {}, "token"),
         ("eva02_tiny_patch14_224", {"depth": 1}, "token"),
     ],
@@ -185,9 +184,11 @@ def test_every_encoder_becomes_a_classifier_from_itself_and_from_its_export(
 
 
 def test_where_there_is_no_drop_path_it_is_said() -> None:
-    config = EncoderConfig(name="vgg11", args={"num_features": 16})
+    config = EncoderConfig(name="densenet121", args={"block_config": (1, 1), "growth_rate": 8})
     begin = Start(config, SIZE, encoders.build(config, SIZE).state_dict())
-    with pytest.raises(ConfigError, match=r"^drop_path: found 0\.1, and vgg11 has none; set drop_path=0$"):
+    with pytest.raises(
+        ConfigError, match=r"^drop_path: found 0\.1, and densenet121 has none; set drop_path=0$"
+    ):
         classifier(config, SIZE, 7, begin.weights, drop_path=0.1)
 
 

@@ -29,7 +29,7 @@ def built(name: str, size: tuple[int, int] = (32, 32), pooling: Any = "token", *
         ("mobilenetv3_small_050", {}),  # num_features is that of the last map
         ("lcnet_035", {}),
         ("resnet18", CONV | {"global_pool": "catavgmax"}),
-        ("vgg11", {"num_features": 24}),
+        ("ghostnet_050", {}),
         ("vit_tiny_patch16_224", VIT),
     ],
 )
@@ -71,17 +71,21 @@ def test_pictures_that_would_be_cut_are_refused(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("side", [24, 32, 33, 40, 48])
+@pytest.mark.parametrize("side", [32, 33, 48])
 @pytest.mark.parametrize(
     ("name", "args"),
-    [("convnext_atto", {"depths": (1, 1, 1, 1)}), ("resnet18d", CONV), ("mixer_s32_224", {})],
+    [
+        ("convnext_atto", {"depths": (1, 1, 1, 1)}),
+        ("resnet18d", CONV),
+        ("poolformer_s12", {"layers": (1, 1, 1, 1)}),
+    ],
 )
 def test_what_is_let_through_sees_every_pixel(name: str, args: dict[str, Any], side: int) -> None:
     """The gradient of the feature reaches every pixel, or the size is refused; ResNets take every size."""
     try:
         encoder = built(name, (side, side), **args).eval()
     except ConfigError:
-        assert name != "resnet18d" and side % 32, f"{name} is refused at {side}"
+        assert name == "convnext_atto" and side % 32, f"{name} is refused at {side}"
         return
     for layer in encoder.modules():  # nothing may be hidden behind a scale or a gate that starts at zero
         for parameter in layer.parameters(recurse=False):
@@ -177,7 +181,7 @@ def test_channels_last_does_not_kill_the_process() -> None:
 
 def test_channels_last_is_kept_where_it_is_safe() -> None:
     orders = []
-    encoder = built("resnet18", **CONV)
+    encoder = built("resnet18", layers=[1, 1, 1, 1], channels=[16, 16, 16, 16])
     encoder.register_forward_pre_hook(lambda _, given: orders.append(given[0].is_contiguous()))
     encoders.features(encoder, torch.randn(2, 3, 32, 32))
     assert orders == [False]

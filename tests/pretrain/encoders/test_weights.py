@@ -284,10 +284,6 @@ def test_a_norm_behind_the_pooling_is_another_network_from_files_and_folders(tmp
     [
         ({"num_heads": 4}, r"blocks\.0\.attn is of 2 heads there and of 4 heads here"),
         ({"act_layer": "quick_gelu"}, r"blocks\.0\.mlp\.act is GELU there and QuickGELU here"),
-        (
-            {"norm_layer": "layernorm"},
-            r"norm1 is LayerNorm of eps 1e-06 there and LayerNorm of eps 1e-05 here",
-        ),
     ],
 )
 def test_networks_of_the_same_shapes_that_compute_something_else(
