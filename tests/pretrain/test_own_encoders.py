@@ -51,7 +51,7 @@ def encoders_context(encoder: torch.nn.Module) -> Any:
 def test_the_pooling_that_is_judged_is_the_one_that_is_trained(smoke: str) -> None:
     found = {pooling: built(smoke, pooling) for pooling in ("token", "avg")}
     batch = batch_for(smoke)
-    losses = {pooling: float(objective(batch, CLOCK).loss) for pooling, objective in found.items()}
+    losses = {pooling: objective(batch, CLOCK).loss.item() for pooling, objective in found.items()}
     assert losses["token"] != losses["avg"], "the setting was ignored"
     encoder = found["avg"].encoder.eval()
     with torch.no_grad():
