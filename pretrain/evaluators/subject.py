@@ -109,7 +109,7 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def evaluation_view(training: ViewSpec, fraction: float = 0.875) -> ViewSpec:
-    """The plain, centred counterpart of a training view: its size, resampling and normalisation alone.
+    """The plain, centred counterpart of a training view: its size, resampling, channels and normalisation.
 
     `fraction` is what the crop keeps of the shorter side (timm's crop_pct).
     """
@@ -120,6 +120,7 @@ def evaluation_view(training: ViewSpec, fraction: float = 0.875) -> ViewSpec:
         flip=0.0,
         mean=training.mean,
         std=training.std,
+        grey=training.grey,
     )
 
 

@@ -20,8 +20,10 @@ from data_pipeline.augment import denormalised, normalised
 from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import encoders, export, start
 from pretrain.config import RunConfig
+from pretrain.encoders import weights
 from pretrain.evaluate import evaluate
 from pretrain.evaluators.knn import KNNConfig
+from pretrain.evaluators.subject import evaluation_view
 from pretrain.export_open import open_timm
 from pretrain.folder import RunFolder
 from pretrain.plan import Plan
@@ -131,7 +133,12 @@ def mylab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtu
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     yield name
-    sys.modules.pop(name, None)
+    forget(name)
+
+
+def forget(module: str) -> None:
+    """As in a process that never imported it."""
+    sys.modules.pop(module, None)
     timm.models._registry._model_entrypoints.pop("my_net", None)
 
 
@@ -142,21 +149,19 @@ def own(root: Path, digits: Path, module: str) -> RunConfig:
     )  # fmt: skip
 
 
-def test_an_architecture_of_ones_own_is_trained_exported_and_opened(
-    ranks: Ranks, tmp_path: Path, digits: Path, mylab: str
-) -> None:
+def test_an_architecture_of_ones_own_is_exported_and_opened(tmp_path: Path, digits: Path, mylab: str) -> None:
     config = own(tmp_path / "run", digits, mylab)
-    assert len(run_on(ranks, 1, config)) == 3
-    export.export(tmp_path / "run", tmp_path / "export")
-    sys.modules.pop(mylab)
-    timm.models._registry._model_entrypoints.pop("my_net")
+    prepare(config, world_size=1)
+    encoder = encoders.build(config.encoder, (32, 32))
+    view = evaluation_view(config.views((32, 32))[0])
+    export.write(export.Backbone(encoder, config.encoder, view), tmp_path / "export")  # by a fresh process
+    forget(mylab)
     assert open_timm(str(tmp_path / "export"))[0](torch.randn(2, 3, 20, 20)).shape == (2, 12)
     assert f"import {mylab}" in (tmp_path / "export/README.md").read_text()
-    again = own(tmp_path / "other", digits, mylab)
-    again = again.model_copy(
-        update={"encoder": again.encoder.model_copy(update={"weights": str(tmp_path / "export")})}
-    )
-    assert prepare(again, world_size=1).starting_weights.exists()
+    forget(mylab)
+    started = encoders.build(config.encoder, (32, 32))
+    weights.load(started, str(tmp_path / "export"))
+    assert torch.equal(started.state_dict()["conv.weight"], encoder.state_dict()["conv.weight"])
 
 
 def test_what_a_fresh_process_cannot_import_is_refused_before_training(
