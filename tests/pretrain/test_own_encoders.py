@@ -158,8 +158,8 @@ def test_an_architecture_of_ones_own_is_exported_and_opened(tmp_path: Path, digi
     forget(mylab)
     assert open_timm(str(tmp_path / "export"))[0](torch.randn(2, 3, 20, 20)).shape == (2, 12)
     assert f"import {mylab}" in (tmp_path / "export/README.md").read_text()
-    forget(mylab)
     started = encoders.build(config.encoder, (32, 32))
+    forget(mylab)
     weights.load(started, str(tmp_path / "export"))
     assert torch.equal(started.state_dict()["conv.weight"], encoder.state_dict()["conv.weight"])
 
