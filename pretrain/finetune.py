@@ -144,7 +144,8 @@ def _described(source: str, encoder: nn.Module, view: ViewSpec) -> EncoderConfig
     file = Path(source) / "config.json"  # timm has opened it just now, and forgets the arguments
     described = json.loads(file.read_text()) if file.is_file() else {}
     arguments = dict(described.get("model_args") or {})
-    arguments.pop("img_size", None)  # follows from the images
+    for name in ("img_size", "num_classes"):  # these follow from the images and the task
+        arguments.pop(name, None)
     if view.grey:
         arguments["in_chans"] = 1
     pooling: encoders.Pooling = "token"  # as the arguments say
