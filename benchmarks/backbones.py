@@ -56,11 +56,12 @@ class Architecture:
     args: Mapping[str, Any] = field(default_factory=dict)
     size: tuple[int, int] = (64, 64)
     other: tuple[int, int] = (96, 64)  # what its export is opened for besides
+    pooling: encoders.Pooling = "token"
     large: bool = False  # 100 M parameters or more, which CI doesn't train
 
     @property
     def encoder(self) -> EncoderConfig:
-        return EncoderConfig(name=self.name, args=dict(self.args))
+        return EncoderConfig(name=self.name, args=dict(self.args), pooling=self.pooling)
 
 
 _SHALLOW, _14 = {"depth": 2}, {"size": (56, 56), "other": (84, 56)}
@@ -101,7 +102,7 @@ ARCHITECTURES = (
     Architecture("vit_small_patch14_dinov2", "DINOv2", _SHALLOW, **_14),
     Architecture("vit_small_patch14_reg4_dinov2", "DINOv2 with registers", _SHALLOW, **_14),
     Architecture("vit_medium_patch16_gap_240", "ViT without class token", _SHALLOW),
-    Architecture("vit_little_patch16_reg4_gap_256", "register ViT, mean pooling", _SHALLOW),
+    Architecture("vit_little_patch16_reg4_gap_256", "register ViT, pooling avg", _SHALLOW, pooling="avg"),
     Architecture("vit_base_patch32_clip_224", "CLIP's ViT", _SHALLOW),
     Architecture("vit_base_patch32_clip_quickgelu_224", "OpenAI's ViT", _SHALLOW),
     Architecture("vit_base_patch16_siglip_224", "SigLIP's ViT", _SHALLOW),
