@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
 from configs.loading import Config
 from data_pipeline.config import DataConfig
 from data_pipeline.load import build_loader, sequential
@@ -130,7 +130,10 @@ def start_of(
 def _at_size(encoder: nn.Module, config: EncoderConfig, size: tuple[int, int], source: str) -> nn.Module:
     """The same weights in an encoder for images of another size."""
     with torch.random.fork_rng(devices=[]):
-        other = encoders.build(config, size)
+        try:
+            other = encoders.build(config, size)
+        except ConfigError as error:
+            raise ConfigError(str(error).removeprefix("data.")) from error
     weights.carry_over(encoder, other, source)
     return other
 
@@ -141,7 +144,8 @@ def _described(source: str, encoder: nn.Module, view: ViewSpec) -> EncoderConfig
     file = hub.config_file(source)  # timm has opened it just now, and forgets the arguments
     described = json.loads(file.read_text()) if file is not None else {}
     arguments = dict(described.get("model_args") or {})
-    arguments.pop("img_size", None)  # follows from the images
+    for name in ("img_size", "num_classes"):  # these follow from the images and the task
+        arguments.pop(name, None)
     if view.grey:
         arguments["in_chans"] = 1
     pooling: encoders.Pooling = "token"  # as the arguments say

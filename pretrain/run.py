@@ -71,7 +71,7 @@ def prepare(
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)
         evaluation.require_data()
-    start.require_reopenable(config.encoder)
+    start.require_reopenable(config.encoder, plan.image_size)
     branch = None if fork is None else fork.checkpoint()
     starting = None if state or fork is not None else start.opened(config.encoder, plan.image_size)
     if fork is not None and branch is not None:

@@ -96,11 +96,11 @@ def load(encoder: nn.Module, source: str, image_size: int | tuple[int, int] | No
     if image_size is not None:
         given = replace(given, grid=positions.grid_at(encoder, image_size))
     _refuse_not_finite(given.tensors, source)
-    _refuse_unlike(encoder, given, source)
     found, grid, note = positions.fitted(encoder, given.tensors, given.grid, source)
     notes = (*given.loaded.notes, *([note] if note else []))
     loaded = replace(given.loaded, grid=grid, notes=notes)
     _refuse_misfit(encoder.state_dict(), found, source)
+    _refuse_unlike(encoder, given, source)
     encoder.load_state_dict(found, strict=True)
     return loaded
 
@@ -235,7 +235,8 @@ def _activation(encoder: nn.Module, names: Iterable[str], path: Path) -> tuple[s
     here = "quick GELU" if quick else "exact GELU"
     return (
         f"the file doesn't say its activation, and this encoder has the {here}: OpenAI's weights and "
-        "open_clip's -quickgelu ones are of the quick GELU (timm's vit_*_clip_quickgelu_*), its others of the exact one",
+        "open_clip's -quickgelu ones are of the quick GELU (timm's vit_*_clip_quickgelu_*), its others of "
+        "the exact one",
     )
 
 

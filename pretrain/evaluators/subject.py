@@ -123,7 +123,7 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def evaluation_view(training: ViewSpec, fraction: float = 0.875) -> ViewSpec:
-    """The plain, centred counterpart of a training view: its size, resampling and normalisation alone.
+    """The plain, centred counterpart of a training view: its size, resampling, channels and normalisation.
 
     `fraction` is what the crop keeps of the shorter side (timm's crop_pct).
     """
@@ -134,6 +134,7 @@ def evaluation_view(training: ViewSpec, fraction: float = 0.875) -> ViewSpec:
         flip=0.0,
         mean=training.mean,
         std=training.std,
+        grey=training.grey,
     )
 
 
