@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -25,26 +26,61 @@ _VOCABULARY = 8192  # tokens of a demo's tokenizer, unless its config says
 _SHARDS = 41  # what a permutation is for: part of the hash
 
 
-def make_missing(config: DataConfig, progress: Progress | None = None) -> None:
+def make_missing(config: DataConfig, run: Path, progress: Progress | None = None) -> None:
     """Make demo data at the manifest's place, and a tokenizer of their captions, where they are missing.
 
-    Only where `demo` is set; what is there is kept. Whole or absent, and the same bytes whoever makes them.
-    Raises `UserError`.
+    Only where `demo` is set, and only in a place of keel's own: `require_own_places`. What is there is kept.
+    Whole or absent, and the same bytes whoever makes them. `run`: the run folder. Raises `UserError`.
     """
+    require_own_places(config, run)
     if config.demo is None:
         return
-    manifest = config.first_manifest
-    if not manifest.is_file():
-        split = manifest.parent
-        if manifest.name != "manifest.json" or split.name not in ("train", "val"):
-            raise ConfigError(f"data.manifest: demo data lie in DIR/train/manifest.json, found {manifest}")
+    if lacks_demo(config):
+        split = config.first_manifest.parent
         with _placed("data.manifest: demo data", split.parent):
             demo.make(config.demo, split.parent, progress=progress)
     wanted = config.tokenizer
-    if wanted is not None and wanted.path != "openai" and not wanted.path.is_file():
+    if wanted is not None and wanted.path != "openai" and not wanted.path.exists():
         with _placed("data.tokenizer.path: a tokenizer", wanted.path.parent):
             vocabulary = wanted.vocabulary or _VOCABULARY
-            make_tokenizer(Manifest.load(manifest), wanted.path, vocabulary, names=config.captions)
+            manifest = Manifest.load(config.first_manifest)
+            make_tokenizer(manifest, wanted.path, vocabulary, names=config.captions)
+
+
+def lacks_demo(config: DataConfig) -> bool:
+    """Whether demo data are to be made: asked for, and nothing at the manifest's place."""
+    return config.demo is not None and not config.first_manifest.exists()
+
+
+def require_own_places(config: DataConfig, run: Path) -> None:
+    """Refuse to make demo data or a tokenizer where somebody's own were meant. Raises `ConfigError`.
+
+    They are made in the run folder `run`, as the configs that ship with keel have it, or in data/NAME beside
+    it, where the runs of a sweep share them. Any other path is one that its user mistyped.
+    """
+    if config.demo is None:
+        return
+    beside = run.absolute().parent / "data" / config.demo.name
+
+    def own(path: Path) -> bool:
+        plain = Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  resolve would follow links
+        return plain.is_relative_to(run.absolute()) or plain.is_relative_to(beside)
+
+    manifest, wanted = config.first_manifest, config.tokenizer
+    if lacks_demo(config):
+        if not own(manifest):
+            raise ConfigError(
+                f"data.manifest: {manifest}: no such file, and demo data are only made in the run folder "
+                f"{run} or in {beside}; mend the path, or make them with keel data demo {config.demo.name}"
+            )
+        if manifest.name != "manifest.json" or manifest.parent.name not in ("train", "val"):
+            raise ConfigError(f"data.manifest: demo data lie in DIR/train/manifest.json, found {manifest}")
+    if wanted is None or wanted.path == "openai" or wanted.path.exists() or own(wanted.path):
+        return
+    raise ConfigError(
+        f"data.tokenizer.path: {wanted.path}: no such file, and a demo's tokenizer is only made in the run "
+        f"folder {run} or in {beside}; mend the path, or make one there with keel data tokenizer"
+    )
 
 
 @contextmanager
