@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data_pipeline import colour
 from data_pipeline.randomness import STRIDE, Purpose, uniform
-from data_pipeline.types import Batch, ColorJitter, GaussianBlur, ViewSpec
+from data_pipeline.types import LUMA, Batch, ColorJitter, GaussianBlur, ViewSpec
 
 _Operation = Callable[[Tensor, Tensor], Tensor]
 
@@ -56,18 +56,23 @@ def augmented(images: Tensor, seeds: Tensor, spec: ViewSpec, view: int = 0) -> T
 
 
 def normalised(images: Tensor, spec: ViewSpec) -> Tensor:
-    """(x - mean) / std of (B, 3, H, W) float32 in [0, 1], or of uint8 over 255, in one multiply-add."""
-    mean = torch.tensor(spec.mean, device=images.device)
-    std = torch.tensor(spec.std, device=images.device)
+    """(x - mean) / std of (B, 3, H, W) float32 in [0, 1], or of uint8 over 255, in one multiply-add.
+
+    (B, 1, H, W) where `spec` is grey.
+    """
+    mean, std = (torch.tensor(value, device=images.device) for value in spec.statistics)
+    if spec.grey:
+        weights = torch.tensor(LUMA, device=images.device)[:, None, None]
+        images = (_unit(images) * weights).sum(1, keepdim=True)
     scale = 1 / (255 * std) if images.dtype == torch.uint8 else 1 / std
     return torch.addcmul((-mean / std)[:, None, None], images.to(torch.float32), scale[:, None, None])
 
 
 def denormalised(images: Tensor, spec: ViewSpec) -> Tensor:
-    """(..., 3, H, W) float32 in [0, 1] of normalised images, for looking at."""
-    mean = torch.tensor(spec.mean, device=images.device)[:, None, None]
-    std = torch.tensor(spec.std, device=images.device)[:, None, None]
-    return (images * std + mean).clamp(0, 1)
+    """(..., 3, H, W) float32 in [0, 1] of normalised images, for looking at; grey repeated."""
+    mean, std = (torch.tensor(value, device=images.device)[:, None, None] for value in spec.statistics)
+    plain = (images * std + mean).clamp(0, 1)
+    return plain.expand(*plain.shape[:-3], 3, *plain.shape[-2:]) if spec.grey else plain
 
 
 def _unit(images: Tensor) -> Tensor:

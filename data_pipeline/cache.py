@@ -8,7 +8,6 @@ used longest ago goes first; a reader that still has an evicted shard open keeps
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from pydantic import Field, PositiveFloat
 
 from configs.errors import ConfigError
 from configs.loading import Config
+from data_pipeline.locks import locked
 from data_pipeline.manifest import Manifest, Shard
 from data_pipeline.remote import fetch
 
@@ -72,7 +72,7 @@ class Cache:
     def _evict(self) -> None:
         """Remove what was used longest ago until the fetches under way, ours among them, fit."""
         with (self.config.directory / "evict.lock").open("a") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)
+            locked(turn)
             self._evict_alone(self._under_way())
 
     def _under_way(self) -> int:
@@ -80,9 +80,7 @@ class Cache:
         total = 0
         for lock in self.config.directory.glob("*-fetch.lock"):
             with lock.open() as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
+                if locked(file, wait=False) is False:
                     total += int(file.read() or 0)
         return total
 
@@ -106,7 +104,7 @@ class Cache:
         self.config.directory.mkdir(parents=True, exist_ok=True)
         lock = self.config.directory / f"{shard.sha256}-fetch.lock"
         with lock.open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            locked(file)
             file.truncate(0)
             file.write(str(shard.bytes))
             file.flush()

@@ -26,6 +26,8 @@ Pixels = npt.NDArray[np.uint8]
 MAX_PIXELS = 100_000_000
 """Guard against decompression bombs: larger pictures are refused before they are decoded."""
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard, which no `max_pixels` could raise
+
 # Pillow's other formats include some that call programs or have a record of memory errors.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF", "AVIF", "JPEG2000")
 _JPEG = b"\xff\xd8\xff"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 from collections import Counter
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configs.errors import DataError
+from data_pipeline.locks import locked
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Quarantine:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            locked(file)
             file.seek(0)
             written = {record.index for record in _parsed(file.read())}
             file.write("".join(json.dumps(asdict(one)) + "\n" for one in fresh if one.index not in written))

@@ -91,6 +91,30 @@ def size_of(url: str, wait: Callable[[float], Any] = time.sleep) -> int | None:
     return _patiently(url, ask, wait)
 
 
+def version_of(url: str) -> dict[str, str] | None:
+    """What tells this version of a remote file from others, where its server says: ETag, date and size.
+
+    None where it says nothing but the size, or can't be asked.
+    """
+    try:
+        system, path = url_to_fs(url)
+        info = system.info(path)
+    except Exception:  # every fsspec backend has exceptions of its own; fetching will say what is wrong
+        return None
+    names = (
+        "ETag",
+        "etag",
+        "Last-Modified",
+        "LastModified",
+        "last_modified",
+        "md5Hash",
+        "generation",
+        "mtime",
+    )
+    known = {name: str(info[name]) for name in names if info.get(name)}
+    return {**known, "size": str(info.get("size"))} if known else None
+
+
 def fetch(
     url: str,
     target: Path,

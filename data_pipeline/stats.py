@@ -11,7 +11,7 @@ import numpy.typing as npt
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.hashing import key, permutation
 from data_pipeline.manifest import Manifest
-from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader, SampleError
+from data_pipeline.read import Reader, SampleError
 
 _QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
 
@@ -45,9 +45,10 @@ def stats(manifest: Manifest, *, look_at: int = 1000, seed: int = 0) -> Stats:
     per_field: dict[str, list[npt.NDArray[np.int64]]] = {}
     for number in range(len(manifest.shards)):
         index = manifest.index(number)
-        for column, name in enumerate(index.fields):
-            present = index.offsets[:, column] >= 0
-            per_field.setdefault(name, []).append(index.sizes[present, column])
+        order = np.argsort(index.field_of, kind="stable")
+        ends = np.cumsum(np.bincount(index.field_of, minlength=len(index.fields)))
+        for name, sizes in zip(index.fields, np.split(index.size[order], ends[:-1]), strict=True):
+            per_field.setdefault(name, []).append(sizes)
     fields = {}
     for name in sorted(per_field):
         sizes = np.concatenate(per_field[name])
@@ -80,8 +81,7 @@ def _looked_at(
     heights: list[int] = []
     widths: list[int] = []
     labels: Counter[str] = Counter()
-    labelled = any(name in manifest.fields for name in LABEL_FIELDS)
-    wanted = [IMAGE_FIELDS, LABEL_FIELDS] if labelled else [IMAGE_FIELDS]
+    wanted = [manifest.pictures, manifest.labels] if manifest.labelled else [manifest.pictures]
     for index in chosen.tolist():
         shard = int(np.searchsorted(ends, index, side="right"))
         try:

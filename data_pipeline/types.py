@@ -15,6 +15,9 @@ Interpolation = Literal["bilinear", "bicubic"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Channel statistics that most of the field normalises with (torchvision's and timm's defaults)."""
 
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey (ITU-R BT.601), as Pillow and torchvision have it."""
+
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
@@ -87,13 +90,27 @@ class ViewSpec:
     grayscale_first: bool = False
     blur: GaussianBlur | None = None
     solarize: Solarize | None = None
+    grey: bool = False  # one channel, the luma of what the colour changes leave, as Pillow's "L"
+
+    @property
+    def channels(self) -> int:
+        return 1 if self.grey else 3
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel; of luma, the colours' by their weights."""
+        if not self.grey:
+            return self.mean, self.std
+        return tuple((sum(w * c for w, c in zip(LUMA, of, strict=True)),) for of in (self.mean, self.std))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Batch:
     """A rank's share of one global batch, or a micro-batch of it."""
 
-    views: tuple[Tensor, ...]  # each (B, 3, H, W): uint8 from the loader, float32 after the device half
+    views: tuple[
+        Tensor, ...
+    ]  # each (B, 3, H, W) uint8 from the loader, (B, channels, H, W) float32 after the device half
     seeds: Tensor  # (B,) int64: the sample's own seed; masks and device-side augmentation draw from it
     index: Tensor  # (B,) int64: the sample's stable number in the manifest
     target: Tensor | None = None  # (B,) int64: class label

@@ -21,7 +21,7 @@ from data_pipeline.files import published
 from data_pipeline.hashing import uniform
 from data_pipeline.load import build_loader
 from data_pipeline.randomness import Purpose
-from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader
+from data_pipeline.read import Reader
 from data_pipeline.types import Batch, ViewSpec
 
 _GAP, _MARGIN = 8, 64  # pixels; the margin holds the rows' names
@@ -100,10 +100,10 @@ def _raw(facts: Facts, source: int, index: int, chance: float) -> tuple[Pixels, 
     shard = int(np.searchsorted(ends, index, side="right"))
     sample = index - int(ends[shard] - manifest.sizes[shard])
     leading = places(captions, manifest.fields)
-    also = tuple(name for name in LABEL_FIELDS if name in manifest.fields)
+    also = tuple(name for name in manifest.labels if name in manifest.fields)
     with closing(Reader(manifest, locator(manifest, facts.config.cache))) as reader:
         (_, data), *rest = reader.read(
-            shard, sample, [IMAGE_FIELDS], (*also, *dict.fromkeys(place.field for place in leading))
+            shard, sample, [manifest.pictures], (*also, *dict.fromkeys(place.field for place in leading))
         )
         key, payloads = reader.key(shard, sample), dict(rest)
     said = []

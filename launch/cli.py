@@ -6,6 +6,9 @@ what they need when they run: `keel --help` must not wait for torch.
 
 from __future__ import annotations
 
+import codecs
+import io
+import os
 import signal
 import sys
 import traceback
@@ -15,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from configs.errors import UserError
+from configs.errors import UserError, fault_of_place
 from launch import (
     cli_checkpoint,
     cli_data,
@@ -148,7 +151,10 @@ def finetune(
     from pretrain.finetune import FineTuneConfig, start_of
 
     settings = load(config, FineTuneConfig, overrides or ())
-    start = start_of(source, step=step, scratch=scratch, seed=seed, pooling=settings.pooling)
+    start = start_of(
+        source, step=step, scratch=scratch, seed=seed, pooling=settings.pooling,
+        image_size=settings.image_size,
+    )  # fmt: skip
     found = finetune.run(start, data.expanduser(), settings, seed=seed, workers=workers, to=to)
     finetune.show(source, found, as_json=as_json)
 
@@ -216,7 +222,9 @@ def export(
 def demo(
     directory: Annotated[Path, typer.Option("--dir", help="where its runs and data go")] = DEMO,
     overrides: Overrides = None,
-    nproc: Ranks = 2,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="ranks on this machine; by default 2, or 1 on a single GPU")
+    ] = None,
 ) -> None:
     """The whole of keel in a few minutes: three objectives trained, judged in one table, exported to timm."""
     from launch.demo import run
@@ -226,13 +234,49 @@ def demo(
 
 def main() -> None:
     """The `keel` command: a user's error is a line, our own keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
+            stream.reconfigure(errors=ODD_NAMES)
     try:
         app(prog_name="keel")
+    except SystemExit as ended:
+        sys.exit(_told(ended.code))
     except UserError as error:
         print(as_lines(error), file=sys.stderr)
         sys.exit(USERS_INPUT)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and (known := fault_of_place(error)) is not None:
+            print(as_lines(known), file=sys.stderr)
+            sys.exit(USERS_INPUT)
         traceback.print_exc()
         sys.exit(OUR_FAULT)
+
+
+def _told(code: str | int | None) -> str | int | None:
+    """The exit code, once all that was printed has gone out."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:  # the reader of a pipe has left, or the disk behind `>` is full
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)  # else the interpreter would try again, and complain
+        if isinstance(error, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        print(f"error: standard output: {error.strerror}", file=sys.stderr)
+        return USERS_INPUT
+    return code
+
+
+ODD_NAMES = "keel-odd-names"
+"""How our output treats what its encoding can't say: bytes of a file's name as they are, the rest escaped."""
+
+
+def _odd_names(error: UnicodeError) -> tuple[str | bytes, int]:
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error(ODD_NAMES, _odd_names)

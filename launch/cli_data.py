@@ -52,22 +52,57 @@ def pack(
     processes: Annotated[int, typer.Option(min=1)] = 2,
     keep_order: Annotated[bool, typer.Option("--keep-order", help="don't mix the pictures")] = False,
     seed: Annotated[int, typer.Option(help="of the mixing")] = 0,
+    path_column: Annotated[str | None, typer.Option(help="of a table: where its paths are")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="of a table: where its captions are")] = None,
+    label_column: Annotated[str | None, typer.Option(help="of a table: where its labels are")] = None,
+    classes: Annotated[Path | None, typer.Option(help="text file, a class name a line: their order")] = None,
+    labels_as_names: Annotated[
+        bool, typer.Option("--labels-as-names", help="of a table: number the labels anew, numbers too")
+    ] = False,
+    class_folders: Annotated[
+        bool | None,
+        typer.Option(
+            "--class-folders/--no-class-folders",
+            help="sub-folders are classes, or aren't [default: are, unless a downloader made them]",
+        ),
+    ] = None,
+    sidecars: Annotated[
+        bool, typer.Option(help="take .txt, .caption and .json files beside pictures, and a metadata table")
+    ] = True,
     no_check: Annotated[bool, typer.Option("--no-check", help="don't decode every picture first")] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="of a picture that is decoded [default: 100 million]")
+    ] = None,
+    skip_broken: Annotated[
+        int, typer.Option(min=0, metavar="N", help="leave out up to N pictures that can't be packed")
+    ] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="it is an error to leave anything out")] = False,
 ) -> None:
     """Pack images into shards and a manifest; an interrupted packing goes on where it stopped."""
     from data_pipeline import pack as packing
+    from data_pipeline.classes import read_classes
+    from data_pipeline.entries import SourceOptions
     from launch.progress import progress_bar
 
+    names = read_classes(classes) if classes else ()
+    columns = (path_column, caption_column, label_column)
+    reading = SourceOptions(*columns, names, labels_as_names, class_folders, sidecars)
     with progress_bar("pack") as progress:
         manifest = packing.pack(
             source,
             out,
+            reading=reading,
             per_shard=per_shard,
             processes=processes,
             shuffle_seed=None if keep_order else seed,
             check=not no_check,
+            max_pixels=max_pixels or packing.MAX_PIXELS,
+            skip_broken=skip_broken,
+            strict=strict,
             progress=progress,
         )
+    for line in packing.account(manifest):
+        typer.echo(line)
     typer.echo(_line(manifest))
 
 
@@ -92,36 +127,68 @@ def view(
         config = load(source, RunConfig, overrides or ())
         size = config.data.image_size
         shape = (size, size) if isinstance(size, int) else size
-        data, seed, views = config.data, config.run.seed, list(config.objective.views(shape))
+        data, seed, views = config.data, config.run.seed, list(config.views(shape))
     contact_sheet(data, views, out, seed=seed, position=position, count=count)
     typer.echo(f"{out}: {count} samples from position {position}")
 
 
 @app.command()
 def index(
-    shards: Annotated[list[str], typer.Argument(help="tars: paths, URLs, {000..123} braces, globs")],
+    shards: Annotated[list[str], typer.Argument(help="tars: paths, folders, URLs, {000..123} braces, globs")],
     out: Out,
     classes: Annotated[Path | None, typer.Option(help="text file, a class name a line")] = None,
+    picture_field: Annotated[
+        list[str] | None, typer.Option(help="field with the picture, as image.jpg; may come several times")
+    ] = None,
+    label_field: Annotated[
+        list[str] | None, typer.Option(help="field with the class number, as label.cls; likewise")
+    ] = None,
+    split_at: Annotated[
+        Literal["first", "last"],
+        typer.Option(help="dot of a member's name between key and field; webdataset: the first"),
+    ] = "first",
+    skip_broken: Annotated[int, typer.Option(min=0, help="bad shards that may be left out")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="nothing may be left out or look wrong; else no manifest")
+    ] = False,
     processes: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Make a manifest for webdataset tars where they lie; an interrupted indexing goes on."""
-    from configs.errors import DataError
     from data_pipeline import indexing
+    from data_pipeline.account import Account
+    from data_pipeline.classes import read_classes
     from launch.progress import progress_bar
 
-    try:
-        names = classes.read_text().splitlines() if classes else []
-    except OSError as error:
-        raise DataError(f"{classes}: can't be read: {error.strerror}") from None
+    names = read_classes(classes) if classes else ()
+    fields = indexing.Fields(_lower(picture_field), _lower(label_field), split_at)
     with progress_bar("index") as progress:
-        manifest = indexing.index(shards, out, classes=names, processes=processes, progress=progress)
+        manifest = indexing.index(
+            shards,
+            out,
+            classes=names,
+            fields=fields,
+            processes=processes,
+            skip_broken=skip_broken,
+            strict=strict,
+            progress=progress,
+        )
+    for line in Account.from_dict(manifest.about["indexed"]).lines(manifest.fields):
+        typer.echo(f"note: {line}", err=True)
     typer.echo(_line(manifest))
+
+
+def _lower(names: list[str] | None) -> tuple[str, ...]:
+    """Fields as they stand in an index: without the dot before them, in lower case, like webdataset's."""
+    return tuple(name.removeprefix(".").lower() for name in names or ())
 
 
 @app.command()
 def verify(
     data: Set,
     fast: Annotated[bool, typer.Option("--fast", help="checksums only: don't decode the pictures")] = False,
+    shared_keys: Annotated[
+        bool, typer.Option("--shared-keys", help="shards may have keys in common, as merged downloads have")
+    ] = False,
     processes: Annotated[int, typer.Option(min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="the report as JSON on standard output")] = False,
 ) -> None:
@@ -131,12 +198,22 @@ def verify(
     from launch.progress import progress_bar
 
     with progress_bar("verify") as progress:
-        report = check(Manifest.load(data), pictures=not fast, processes=processes, progress=progress)
+        report = check(
+            Manifest.load(data),
+            pictures=not fast,
+            shared_keys=shared_keys,
+            processes=processes,
+            progress=progress,
+        )
     if as_json:
         typer.echo(report.to_json())
     else:
         for finding in report.findings[:100]:
             typer.echo(str(finding))
+        if len(report.findings) > 100:
+            typer.echo(f"... and {len(report.findings) - 100} more; --json lists them")
+        for line in report.members.lines():
+            typer.echo(f"note: {line}")
         wrong = len(report.findings) + report.more
         verdict = f"{wrong} things are wrong" if wrong else "all is well"
         typer.echo(f"{data}: {report.samples} samples in {report.shards} shards: {verdict}")

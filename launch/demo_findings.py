@@ -79,7 +79,7 @@ def subjects(model: Trained) -> dict[str, Subject]:
 
 def subject_of(objective: Objective, model: Trained) -> Subject:
     """An objective's encoder as evaluators see it."""
-    encode = partial(encoders.features, objective.encoder, pooling=model.config.encoder.pooling)
+    encode = partial(encoders.features, objective.encoder)
     tokenizer = facts_of(model.config.data).tokenizer
     return Subject(objective.encoder, encode, model.view, CPU, objective, tokenizer=tokenizer)
 

@@ -25,7 +25,7 @@ from configs.loading import difference, load
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import lacks_demo, require_own_places
-from data_pipeline.read import IMAGE_FIELDS, Reader
+from data_pipeline.read import Reader
 from data_pipeline.remote import size_of
 from launch import queue, slurm
 from launch.cluster import ClusterConfig
@@ -153,7 +153,9 @@ def _samples(patient: Patient) -> Iterator[Check]:
         for number in chance.choice(local, SAMPLES):
             shard = manifest.shards[number]
             try:
-                ((_, data),) = reader.read(int(number), int(chance.integers(shard.samples)), [IMAGE_FIELDS])
+                ((_, data),) = reader.read(
+                    int(number), int(chance.integers(shard.samples)), [manifest.pictures]
+                )
                 decode(data, patient.config.data.max_pixels)
             except (UserError, DecodeError) as error:
                 broken.append(str(error))
@@ -202,7 +204,9 @@ def _model(patient: Patient) -> Iterator[Check]:
     yield Check(
         "model", "pass", f"{whole / 1e6:.2f} M parameters, {encoder / 1e6:.2f} M of them the encoder's"
     )
-    train.require_possible(objective, None if patient.cluster is None else patient.cluster.gpu)
+    gpu = None if patient.cluster is None else patient.cluster.gpu
+    patient.config.require_devices(patient.ranks, gpu)
+    train.require_possible(objective, gpu, patient.config.run.device)
     stages = [
         memory_estimate(lambda: plan.objective(patient.ranks), stage, patient.ranks) for stage in range(4)
     ]

@@ -17,6 +17,7 @@ from launch.progress import progress_bar
 from pretrain.config import RunConfig
 from pretrain.evaluate import evaluate as judge
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type, kinds
+from pretrain.evaluators.schedule import jsonable
 from pretrain.evaluators.sheets import image_of
 from pretrain.folder import RunFolder
 from pretrain.types import Scores
@@ -83,11 +84,11 @@ def show(found: Mapping[str, Sequence[Scores]], *, as_json: bool) -> None:
     """Print the scores of each source as one table, or as one JSON list."""
     if as_json:
         rows = [
-            {"source": source, "name": s.kind, "values": dict(s.values), "details": dict(s.details)}
+            {"source": source, "name": s.kind, "values": jsonable(s.values), "details": dict(s.details)}
             for source, scores in found.items()
             for s in scores
         ]
-        print(json.dumps(rows))
+        print(json.dumps(rows, allow_nan=False))
         return
     if any(score.values for scores in found.values() for score in scores):
         _table(found)

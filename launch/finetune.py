@@ -9,21 +9,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import nn
 
 from configs.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.types import CenterCrop
 from launch.progress import progress_bar
-from pretrain import encoders
-from pretrain.encoders.finetuning import reopened
+from pretrain.encoders import registered
+from pretrain.encoders.finetuning import classifier_arguments, reopened
 from pretrain.evaluators.subject import evaluation_view
-from pretrain.export import ExportMismatchError, folder_for
+from pretrain.export import folder_for, save_weights, writing_to
+from pretrain.export_check import largest_difference, require_finite
 from pretrain.finetune import FineTuneConfig, Start, accuracy, fine_tune
-
-TOLERANCE = 1e-5
-"""Largest absolute difference of a float32 logit after timm has opened the folder."""
 
 
 def run(
@@ -39,7 +36,7 @@ def run(
         return _tuned(start, train, val, config, seed, workers)[1]
     with folder_for(to, force=False) as partial:
         model, found = _tuned(start, train, val, config, seed, workers)
-        _write(model.cpu(), start, config, classes, found, partial)
+        _write(model.cpu(), start, config, classes, found, partial, to)
     return found
 
 
@@ -72,34 +69,33 @@ def _write(
     classes: tuple[str, ...],
     found: dict[str, float],
     folder: Path,
+    to: Path,
 ) -> None:
     """model.safetensors and config.json, opened by timm and compared before they get their name."""
-    weights = {name: value.float().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    require_finite(dict(model.named_parameters()))
     described = _config(model, start, config, classes, found)
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    with writing_to(to):
+        save_weights(model.state_dict(), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     again = reopened(folder)
-    images = torch.randn(2, 3, *start.image_size, generator=torch.Generator().manual_seed(0))
+    shape = (2, start.encoder.channels, *start.image_size)
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        difference = float((again(images) - model.eval()(images)).abs().max())
-    if not difference < TOLERANCE:
-        raise ExportMismatchError(f"logits differ by {difference:.2e}, allowed is less than {TOLERANCE:.0e}")
+        trained, there = {"logits": model.eval()(images)}, {"logits": again(images)}
+    largest_difference(trained, there)
 
 
 def _config(
     model: Any, start: Start, config: FineTuneConfig, classes: tuple[str, ...], found: dict[str, float]
 ) -> dict[str, Any]:
-    arguments = dict(start.encoder.args)
-    if encoders.has_image_size(start.encoder.name):
-        arguments.setdefault("img_size", list(start.image_size))
-    if encoders.is_vit(model):
-        arguments["global_pool"] = start.encoder.pooling
+    arguments = classifier_arguments(start.encoder, start.image_size)
     view = evaluation_view(start.view(config.augmentation), start.encoder.crop)
     assert isinstance(view.crop, CenterCrop)
     pretrained = {
-        "tag": "keel", "custom_load": False, "input_size": [3, *view.size], "num_classes": len(classes),
+        "tag": "keel", "custom_load": False, "input_size": [view.channels, *view.size],
+        "num_classes": len(classes),
         "interpolation": view.interpolation, "crop_pct": view.crop.fraction, "crop_mode": "center",
-        "mean": list(view.mean), "std": list(view.std), "label_names": list(classes),
+        "mean": list(view.statistics[0]), "std": list(view.statistics[1]), "label_names": list(classes),
         "first_conv": model.pretrained_cfg.get("first_conv"),
         "classifier": model.pretrained_cfg.get("classifier"),
     }  # fmt: skip
@@ -108,7 +104,11 @@ def _config(
         "num_classes": len(classes),
         "model_args": arguments,
         "pretrained_cfg": pretrained,
-        "keel": {"fine_tuned": config.model_dump(mode="json"), "accuracy": found},
+        "keel": {
+            "imports": registered.origins(start.encoder.name, start.encoder.imports),
+            "fine_tuned": config.model_dump(mode="json"),
+            "accuracy": found,
+        },
     }
 
 

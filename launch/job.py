@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from configs.errors import UserError
+from configs.errors import UserError, fault_of_place
 from launch.early_stop import watching
 from launch.logs import rank_log, redirected, speaking
 from launch.run_files import is_echo
@@ -82,6 +82,10 @@ def job(root: Path, hung: Callable[[], object] = hang_up) -> Outcome:
             if lost_a_peer(error):
                 print(f"rank {rank}: another rank is gone, so this one leaves too", file=sys.stderr)
                 return Outcome(LOST_PEER)
+            if isinstance(error, OSError) and (known := fault_of_place(error)) is not None:
+                print(as_lines(known), file=sys.stderr)
+                print("then the same command goes on from the newest checkpoint", file=sys.stderr)
+                return Outcome(USERS_INPUT)
             traceback.print_exc()
             return Outcome(OUR_FAULT)
 
@@ -148,7 +152,13 @@ def die_with(launcher: int) -> None:
 def main() -> None:
     if launcher := os.environ.get(LAUNCHER):
         die_with(int(launcher))
-    code = job(Path(sys.argv[1])).code
+    try:
+        code = job(Path(sys.argv[1])).code
+    except OSError as error:  # its log can't be made
+        if (known := fault_of_place(error)) is None:
+            raise
+        print(as_lines(known), file=sys.stderr, flush=True)
+        code = USERS_INPUT
     if code in (DONE, STOPPED):
         sys.exit(code)
     # A failed rank leaves without waiting for threads or peers: its launcher sees at once who was first.

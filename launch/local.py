@@ -51,14 +51,14 @@ def launch(folder: RunFolder, nproc: int, *, apart: bool = False) -> int:
     config = load(folder.config_file, RunConfig)
     left = config.train.health.restarts
     while True:
-        code, again = _once(folder, nproc, config.run.threads)
+        code, again = _once(folder, nproc, config.run.threads, config.run.device)
         if not again or not left:
             return code
         left -= 1
         print(f"starting again from the newest checkpoint; {left} restarts are left", file=sys.stderr)
 
 
-def _once(folder: RunFolder, nproc: int, threads: int) -> tuple[int, bool]:
+def _once(folder: RunFolder, nproc: int, threads: int, device: str) -> tuple[int, bool]:
     """One start of all ranks: the exit code, and whether another start may help."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not listed in __all__
 
@@ -71,6 +71,8 @@ def _once(folder: RunFolder, nproc: int, threads: int) -> tuple[int, bool]:
         # Name resolution can take gloo 20 s where DNS doesn't answer; ranks of one machine don't need it.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }  # fmt: skip
+    if device == "cpu":
+        shared["CUDA_VISIBLE_DEVICES"] = ""  # no context, no pinned memory on GPUs that others may be using
     # -P: a folder named `configs` where the user stands must not hide ours.
     command = [sys.executable, "-P", "-m", "launch.job", str(folder.root)]
     return supervised(command, nproc, folder.logs, shared)

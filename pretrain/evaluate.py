@@ -67,7 +67,7 @@ def subject(source: str, *, step: int | None = None, device: torch.device) -> Su
         encoder = objective.encoder
     else:
         objective, encoder = None, model.encoder.to(device)
-    encode = partial(encoders.features, encoder, pooling=model.config.encoder.pooling)
+    encode = partial(encoders.features, encoder)
     tokenizer = model.config.data.tokenizer
     return Subject(
         encoder, encode, model.view, device, objective,

@@ -34,17 +34,15 @@ from torch import Tensor, nn
 
 from configs.errors import RunError
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders, export_card
-from pretrain.encoders import EncoderConfig, torchvision_compat
+from pretrain import encoders, export_card, export_reopen
+from pretrain.encoders import EncoderConfig, registered, torchvision_compat
 from pretrain.export_card import Card, Story
+from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
 from pretrain.trained import read
 from pretrain.types import Weights
 
 Format = Literal["timm", "hf"]
 """What an exported encoder is opened as, by the check and by its card: a folder, or a hub's model."""
-
-TOLERANCE = 1e-5
-"""Largest absolute difference of a float32 feature between the trained encoder and the reopened one."""
 
 LOWEST_TIMM = "1.0.20"
 """Oldest timm whose local-dir reader was seen to open these folders."""
@@ -70,10 +68,6 @@ class ExportResult:
     parameters: int
     max_difference: float  # of features and tokens, fresh process against the trained encoder
     remarks: tuple[str, ...] = ()  # what is otherwise than the run had it, or couldn't be compared
-
-
-class ExportMismatchError(RuntimeError):
-    """The reopened folder doesn't compute what the trained encoder does."""
 
 
 def export(
@@ -102,7 +96,7 @@ def write(backbone: Backbone, to: Path, *, form: Format = "timm", force: bool = 
     """Write, verify in a fresh process, and only then give the folder its name.
 
     Raises `RunError` where `to` is taken (with `force` an older export is replaced), `ExportMismatchError`
-    where the reopened model differs by `TOLERANCE` or more. On any failure what was there stays untouched.
+    where the reopened model differs (`export_check`). On any failure what was there stays untouched.
     """
     with folder_for(to, force=force) as partial:
         with writing_to(to):
@@ -153,13 +147,13 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     pretrained = {
         "tag": "keel",
         "custom_load": False,
-        "input_size": [3, *view.size],
+        "input_size": [view.channels, *view.size],
         "fixed_input_size": bool(known.get("fixed_input_size", False)),
         "interpolation": view.interpolation,
         "crop_pct": view.crop.fraction,
         "crop_mode": "center",
-        "mean": list(view.mean),
-        "std": list(view.std),
+        "mean": list(view.statistics[0]),
+        "std": list(view.statistics[1]),
         "num_classes": 0,
         "pool_size": None,
         "first_conv": known.get("first_conv"),
@@ -173,52 +167,43 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
         "global_pool": _pooling(backbone),
         "model_args": model_args(backbone),
         "pretrained_cfg": pretrained,
-        "keel": {"lowest_timm": LOWEST_TIMM, **backbone.story.facts},
+        "keel": {"lowest_timm": LOWEST_TIMM, "imports": _imports(backbone), **backbone.story.facts},
     }
 
 
 def model_args(backbone: Backbone) -> dict[str, Any]:
-    """Every argument that makes the same network again, and pools as the run's evaluations did."""
-    arguments = dict(backbone.config.args)
-    if encoders.has_image_size(backbone.config.name):
-        arguments.setdefault("img_size", list(backbone.view.size))
-    if backbone.config.pooling == "avg" and encoders.is_vit(backbone.encoder):
-        # fc_norm=False keeps the norm in front of the mean, as it was trained; timm would move it behind
-        arguments |= {"global_pool": "avg", "fc_norm": False}
-    return arguments
+    """Every argument that makes the same network again, and pools as it was trained."""
+    return encoders.arguments(backbone.config, backbone.view.size)
 
 
 def _pooling(backbone: Backbone) -> str:
-    asked = model_args(backbone).get("global_pool")
-    return str(asked or getattr(backbone.encoder, "global_pool", None) or "avg")
+    return str(model_args(backbone).get("global_pool") or encoders.own_pooling(backbone.encoder) or "avg")
+
+
+def _imports(backbone: Backbone) -> list[str]:
+    """Modules without which timm doesn't know the architecture."""
+    return registered.origins(backbone.config.name, backbone.config.imports)
 
 
 def verify(backbone: Backbone, folder: Path, form: Format = "timm") -> float:
     """Open `folder` in a fresh process and compare; the largest absolute difference of any output.
 
-    Raises `ExportMismatchError` where it is `TOLERANCE` or more, or where the folder doesn't open.
+    Raises `RunError` where the encoder itself isn't finite, `ExportMismatchError` where the difference is
+    `export_check.TOLERANCE` or more, or where the folder doesn't open.
     """
-    images = torch.randn(2, 3, *backbone.view.size, generator=torch.Generator().manual_seed(0))
+    view = backbone.view
+    images = torch.randn(2, view.channels, *view.size, generator=torch.Generator().manual_seed(0))
     encoder: Any = backbone.encoder
     was_training = encoder.training
     encoder.eval()
     with torch.no_grad():
         expected = {
-            "features": encoders.features(encoder, images, backbone.config.pooling),
-            "tokens": encoder.forward_features(images),
+            "features": encoders.features(encoder, images),
+            "tokens": export_reopen.tokens(encoder, images),
         }
     encoder.train(was_training)
-    got = _reopened(folder, images, form)
-    difference = 0.0
-    for name, value in expected.items():
-        if got[name].shape != value.shape:
-            raise ExportMismatchError(
-                f"{name}: {tuple(got[name].shape)} reopened, {tuple(value.shape)} trained"
-            )
-        difference = max(difference, float((got[name] - value).abs().max()))
-    if not difference < TOLERANCE:  # so that NaN fails too
-        raise ExportMismatchError(f"outputs differ by {difference:.2e}, allowed is less than {TOLERANCE:.0e}")
-    return difference
+    require_finite(dict(encoder.named_parameters()) | expected)
+    return largest_difference(expected, _reopened(folder, images, form))
 
 
 def _reopened(folder: Path, images: Tensor, form: Format = "timm") -> dict[str, Tensor]:
@@ -229,6 +214,7 @@ def _reopened(folder: Path, images: Tensor, form: Format = "timm") -> dict[str, 
         script = Path(__file__).with_name("export_reopen.py")
         # -P: neither the working directory nor the script's own folder may offer modules
         command = [sys.executable, "-P", str(script), name, str(inputs), str(outputs)]
+        command += registered.opened_with(json.loads((folder / "config.json").read_text()))
         offline = {"HF_HUB_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         run = subprocess.run(
             command, cwd=scratch, env=os.environ | offline, capture_output=True, text=True, timeout=600,
@@ -255,9 +241,16 @@ def _card(backbone: Backbone, form: Format, difference: float) -> Card:
     place = "local-dir:path/to/this/folder" if form == "timm" else "hf-hub:OWNER/NAME"
     note = (
         "`timm.data.create_transform(**timm.data.resolve_model_data_config(model))` prepares images as the\n"
-        f"run's evaluations did (mean {view.mean}, std {view.std}, {view.interpolation}).\n"
+        f"run's evaluations did (mean {view.statistics[0]}, std {view.statistics[1]}, "
+        f"{view.interpolation}).\n"
         f"Needs timm {LOWEST_TIMM} or later; add `num_classes=N` for a fresh classifier."
     )
+    if view.grey:
+        note += (
+            '\nIt takes grey pictures of one channel: convert them first, `image.convert("L")`, as '
+            "timm's\n`input_img_mode='L'` does."
+        )
+    imports = _imports(backbone)
     if form == "hf":
         note += (
             "\n\nUpload this folder with `hf upload OWNER/NAME path/to/this/folder`. transformers opens it,\n"
@@ -270,8 +263,10 @@ def _card(backbone: Backbone, form: Format, difference: float) -> Card:
         licence=backbone.licence,
         loading=(
             "import timm\n"
-            f'model = timm.create_model("{place}", pretrained=True)  # without `pretrained`: random!\n'
-            f"features = model.eval()(images)  # (B, 3, {view.size[0]}, {view.size[1]}) -> (B, {width})"
+            + "".join(f"import {name}  # registers the architecture\n" for name in imports)
+            + f'model = timm.create_model("{place}", pretrained=True)  # without `pretrained`: random!\n'
+            f"features = model.eval()(images)  # (B, {view.channels}, {view.size[0]}, {view.size[1]}) -> "
+            f"(B, {width})"
         ),
         note=note,
         difference=difference,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from configs.errors import RunError
 from data_pipeline.types import CenterCrop, ViewSpec
+from pretrain.encoders import registered
 from pretrain.encoders.torchvision_compat import ensure_torchvision
 
 
@@ -22,6 +24,7 @@ def open_timm(source: str, *, pretrained: bool = True) -> tuple[nn.Module, ViewS
     import timm
 
     name = f"local-dir:{Path(source).absolute()}" if Path(source).is_dir() else source
+    _bring_own(Path(source))
     if name == source and not timm.is_model(name):
         raise RunError(f"{source}: neither a run folder, an exported folder, nor a model that timm knows")
     try:
@@ -32,6 +35,20 @@ def open_timm(source: str, *, pretrained: bool = True) -> tuple[nn.Module, ViewS
     return model, _view(source, timm.data.resolve_model_data_config(model))
 
 
+def _bring_own(folder: Path) -> None:
+    """Import what registers the architecture of an export, where that isn't timm's own. Raises `RunError`."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return  # timm says what is wrong with it
+    try:
+        registered.bring(registered.opened_with(config))
+    except ValueError as error:
+        raise RunError(
+            f"{folder}: its architecture, {config.get('architecture')}, is registered by {error}"
+        ) from error
+
+
 def _view(source: str, wants: dict[str, Any]) -> ViewSpec:
     if wants["interpolation"] not in ("bilinear", "bicubic") or wants["crop_mode"] != "center":
         raise RunError(
@@ -39,13 +56,15 @@ def _view(source: str, wants: dict[str, Any]) -> ViewSpec:
             "keel evaluates with bilinear or bicubic and a center crop"
         )
     channels, height, width = wants["input_size"]
-    if channels != 3:
-        raise RunError(f"{source}: takes {channels} channels; keel evaluates encoders of RGB images")
+    if channels not in (1, 3):
+        raise RunError(f"{source}: takes {channels} channels; keel shows an encoder RGB or grey pictures")
+    mean, std = (tuple(wants[name]) * (3 if len(wants[name]) == 1 else 1) for name in ("mean", "std"))
     return ViewSpec(
         size=(height, width),
         crop=CenterCrop(wants["crop_pct"]),
         interpolation=wants["interpolation"],
         flip=0.0,
-        mean=tuple(wants["mean"]),
-        std=tuple(wants["std"]),
+        mean=mean,
+        std=std,
+        grey=channels == 1,
     )

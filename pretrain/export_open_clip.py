@@ -30,16 +30,9 @@ from configs.errors import RunError
 from data_pipeline.tokenize import open_tokenizer
 from pretrain import encoders, export_card
 from pretrain.encoders.text import QuickGELU, TextTower
-from pretrain.export import (
-    TOLERANCE,
-    ExportMismatchError,
-    ExportResult,
-    folder_for,
-    require_importable,
-    save_weights,
-    writing_to,
-)
+from pretrain.export import ExportResult, folder_for, require_importable, save_weights, writing_to
 from pretrain.export_card import Card, Story
+from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
 from pretrain.trained import Trained, read, read_objective
 
 CAPTIONS = (
@@ -108,18 +101,22 @@ def _write(pair: Pair, trained: Trained, folder: Path) -> None:
 
 def _image_tower(pair: Pair, trained: Trained) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights under open_clip's names, and `model_cfg` without the text."""
+    if trained.view.grey:
+        raise RunError(
+            "encoder.args.in_chans: found 1; open_clip's towers take RGB; export with --format timm"
+        )
     size, projection = list(trained.image_size), pair.image_projection
     linear = projection.weight.detach() if isinstance(projection, nn.Linear) else None
     # One switch for both towers; a tower of timm's is as timm has it.
     common = {"embed_dim": pair.text.text_projection.shape[1], "quick_gelu": _quick(pair)}
     if linear is not None and encoders.is_vit(pair.encoder) and pair.encoder.attn_pool is None:
+        weights, vision = _vit(pair.encoder)
         if _activation(pair.encoder) != pair.text.config.activation:
             raise RunError(
                 f"encoder: its activation is {_activation(pair.encoder)}, the text tower's "
                 f"{pair.text.config.activation}, and open_clip has one of gelu and quick_gelu for both "
                 "towers; export with --format timm"
             )
-        weights, vision = _vit(pair.encoder)
         return weights | {"visual.proj": linear.T}, {**common, "vision_cfg": {**vision, "image_size": size}}
     weights = {f"visual.trunk.{name}": value for name, value in pair.encoder.state_dict().items()}
     if linear is not None:
@@ -167,7 +164,9 @@ def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     width, depth = encoder.embed_dim, len(encoder.blocks)
     if encoder.num_prefix_tokens != 1 or not isinstance(encoder.fc_norm, nn.Identity):
         raise RunError(
-            "encoder: open_clip's image tower has one class token and pools by it; export with --format timm"
+            "encoder: open_clip's image tower has one class token, and pools by it or by the mean of the "
+            "patches "
+            "behind the norm; export with --format timm"
         )
     positions = own["pos_embed"][0].clone()
     if "patch_embed.proj.bias" in own:
@@ -205,6 +204,8 @@ def _vit(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "no_ln_pre": isinstance(encoder.norm_pre, nn.Identity),
         "norm_kwargs": {"eps": encoder.norm.eps},
     }
+    if encoder.global_pool == "avg":
+        vision["pool_type"] = "avg"  # behind the norm, as keel's
     if "blocks.0.ls1.gamma" in own:
         vision["ls_init_value"] = 1e-5  # any number: it makes the layers, whose weights are then loaded
     return weights, vision
@@ -260,6 +261,7 @@ def _verify(pair: Pair, trained: Trained, folder: Path) -> tuple[float, Tensor |
     tokens = _encoded(trained)
     with torch.no_grad():
         expected = {"images": pair.embed_images(images), "texts": pair.embed_texts(tokens)}
+    require_finite(expected)
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"images": images, "tokens": tokens}, inputs)
@@ -273,12 +275,7 @@ def _verify(pair: Pair, trained: Trained, folder: Path) -> tuple[float, Tensor |
     theirs, cleaned = got.get("tokens"), _encoded(trained, cleaning="clip")
     if theirs is not None and (wrong := _unlike(_ended(theirs), cleaned)):
         raise ExportMismatchError(f"open_clip's tokenizer cuts {wrong[0]!r} otherwise")
-    difference = max(float((got[name] - value).abs().max()) for name, value in expected.items())
-    if not difference < TOLERANCE:  # so that NaN fails too
-        raise ExportMismatchError(
-            f"embeddings differ by {difference:.2e}, allowed is less than {TOLERANCE:.0e}"
-        )
-    return difference, theirs
+    return largest_difference(expected, got), theirs
 
 
 def _encoded(trained: Trained, **changes: str) -> Tensor:

@@ -31,7 +31,7 @@ from data_pipeline.transform import device_half
 from data_pipeline.types import IMAGENET_MEAN, IMAGENET_STD, Batch, CenterCrop, ViewSpec
 from pretrain import encoders, trained
 from pretrain.augmentation import Augmentation
-from pretrain.encoders import EncoderConfig
+from pretrain.encoders import EncoderConfig, registered, weights
 from pretrain.encoders.finetuning import classifier, erasing, layerwise_groups, mixing
 from pretrain.evaluators.few_shot import draw_labels
 from pretrain.evaluators.subject import evaluation_view
@@ -68,6 +68,7 @@ class FineTuneConfig(Config):
     augmentation: Augmentation = Augmentation(crop_scale=(0.08, 1.0), interpolation="bicubic")
     precision: Literal["bf16", "fp32"] = "fp32"
     pooling: encoders.Pooling | None = None  # of a ViT's tokens; None: as the source does it
+    image_size: int | tuple[int, int] | None = None  # pixels, or height, width; None: the source's
 
     @pydantic.model_validator(mode="after")
     def _countable(self) -> FineTuneConfig:
@@ -88,7 +89,8 @@ class Start:
 
     def view(self, augmentation: Augmentation) -> ViewSpec:
         """A random view as this encoder is to be shown it."""
-        return replace(augmentation.view(self.image_size), mean=self.mean, std=self.std)
+        plain = augmentation.view(self.image_size)
+        return replace(plain, mean=self.mean, std=self.std, grey=self.encoder.channels == 1)
 
 
 def start_of(
@@ -98,11 +100,13 @@ def start_of(
     scratch: bool = False,
     seed: int = 0,
     pooling: encoders.Pooling | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Start:
     """Where fine-tuning a run folder, an exported folder or a timm name starts.
 
     `scratch`: with random weights of the same architecture instead, drawn from `seed`; of a timm name nothing
-    is downloaded then. `pooling`: of a ViT's tokens, where it isn't to be the source's. Raises `RunError`.
+    is downloaded then. `pooling`: of a ViT's tokens, where it isn't to be the source's. `image_size`: another
+    than the source's; positions are resampled as timm does it. Raises `UserError`.
     """
     if RunFolder(Path(source)).exists():
         run = trained.read(Path(source), step)
@@ -110,27 +114,50 @@ def start_of(
     else:
         encoder, view = open_timm(source, pretrained=not scratch)
         config = _described(source, encoder, view)
+    size = view.size
+    if image_size is not None:
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if scratch:
         with seeded(seed, torch.device("cpu")):
-            encoder = encoders.build(config, view.size)
+            encoder = encoders.build(config, size)
+    elif size != view.size:
+        encoder = _at_size(encoder, config, size, source)
     if pooling is not None:
         config = config.model_copy(update={"pooling": pooling})
-    return Start(config, view.size, encoder.state_dict(), view.mean, view.std)
+    return Start(config, size, encoder.state_dict(), view.mean, view.std)
+
+
+def _at_size(encoder: nn.Module, config: EncoderConfig, size: tuple[int, int], source: str) -> nn.Module:
+    """The same weights in an encoder for images of another size."""
+    with torch.random.fork_rng(devices=[]):
+        other = encoders.build(config, size)
+    weights.carry_over(encoder, other, source)
+    return other
 
 
 def _described(source: str, encoder: nn.Module, view: ViewSpec) -> EncoderConfig:
     """What makes the same network again, of one that timm has made from a folder or a name."""
     known: Any = encoder.pretrained_cfg
     file = Path(source) / "config.json"  # timm has opened it just now, and forgets the arguments
-    arguments = dict(json.loads(file.read_text()).get("model_args") or {}) if file.is_file() else {}
-    pooling = str(arguments.pop("global_pool", None) or getattr(encoder, "global_pool", "token"))
-    for name in ("fc_norm", "img_size"):  # these follow from the pooling and the images
-        arguments.pop(name, None)
+    described = json.loads(file.read_text()) if file.is_file() else {}
+    arguments = dict(described.get("model_args") or {})
+    arguments.pop("img_size", None)  # follows from the images
+    if view.grey:
+        arguments["in_chans"] = 1
+    pooling: encoders.Pooling = "token"  # as the arguments say
+    if (
+        arguments.get("global_pool") == "avg"
+        and arguments.get("fc_norm") is False
+        and encoders.is_vit(encoder)
+    ):
+        pooling = "avg"  # as keel's exports spell it
+        del arguments["global_pool"], arguments["fc_norm"]
     assert isinstance(view.crop, CenterCrop)
     return EncoderConfig(
+        imports=tuple(registered.opened_with(described)),
         name=known["architecture"],
         args=arguments,
-        pooling="avg" if pooling == "avg" else "token",
+        pooling=pooling,
         crop=view.crop.fraction,
     )
 

@@ -11,6 +11,7 @@ other, which no longer needs its parent.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -26,7 +27,9 @@ from pretrain.config import RunConfig
 from pretrain.engines import storage
 from pretrain.folder import RunFolder, write_atomically
 from pretrain.plan import Plan
-from pretrain.types import Objective
+from pretrain.types import Objective, Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def require_fitting(fork: Fork, path: Path, plan: Plan, objective: Objective) ->
 def bring(fork: Fork, path: Path, plan: Plan, folder: RunFolder) -> dict[str, Any]:
     """Copy the checkpoint into the new run; gives what run.json tells of the parent."""
     index = json.loads((path / storage.INDEX).read_text())
-    facts = _facts(fork, path, index["state"]["extra"]["step"])
+    parent = index["state"]["extra"]["step"]
+    facts = _facts(fork, path, parent) | _rates(fork, path, index["state"]["extra"], plan)
     index["state"] = _state(fork, index["state"], plan, facts)
     name = f"step-{index['state']['extra']['step']:08d}-a00"
     unfinished = folder.checkpoints / f".unfinished-{name}"
@@ -106,6 +110,28 @@ def _facts(fork: Fork, path: Path, step: int) -> dict[str, Any]:
         "step": step,
         "anew": fork.anew,
     }
+
+
+def _rates(fork: Fork, path: Path, extra: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """The parent's next learning rate and the fork's first; a jump is said."""
+    parent = loading.validate(extra["config"], RunConfig, path.name)
+    steps = RunFolder(path.parent.parent).read_state().get("total_steps")
+    if not isinstance(steps, int):
+        return {}
+    size = parent.train.batch_size
+    samples = plan.samples  # of other data only a warm-up in epochs would be another
+    was = parent.optimizer.schedule_for(size, samples, steps)(Progress(extra["step"], 0, steps, samples)).lr
+    config, step = plan.config, 0 if fork.anew else extra["step"]
+    schedule = config.optimizer.schedule_for(config.train.batch_size, plan.samples, plan.total_steps)
+    now = schedule(Progress(step, 0, plan.total_steps, plan.samples)).lr
+    if abs(now - was) > 0.01 * max(now, was):
+        log.warning(
+            "the learning rate jumps at the branch from %.3g, which %s had reached, to %.3g: the fork's "
+            "schedule is "
+            "that of %d steps at step %d, the parent's was that of %d steps at step %d",
+            was, fork.parent, now, plan.total_steps, step, steps, extra["step"],
+        )  # fmt: skip
+    return {"rate": was, "fork_rate": now}
 
 
 def _state(fork: Fork, state: Mapping[str, Any], plan: Plan, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.errors import ConfigError
 from data_pipeline.facts import Facts, facts_of
 from data_pipeline.load import Loader, build_loader
 from data_pipeline.stream import StreamLoader
@@ -44,7 +45,17 @@ class Plan:
 
     @property
     def views(self) -> Sequence[ViewSpec]:
-        return self.config.objective.views(self.image_size)
+        return self.config.views(self.image_size)
+
+    def require_different_samples(self) -> None:
+        """Refuse a set too small for what the objective compares at a time. Raises `ConfigError`."""
+        compared = self.config.objective.compared(self.config.train.batch_size)
+        if (count := sum(compared.values())) > self.samples:
+            settings = " + ".join(f"{name} ({number})" for name, number in compared.items())
+            raise ConfigError(
+                f"{settings}: {count} samples are compared at a time, and the data have {self.samples}: an "
+                "image would be its own negative; use fewer, or more data"
+            )
 
     def start(self) -> Progress:
         return Progress(0, 0, self.total_steps, self.samples)

@@ -44,7 +44,7 @@ def prepare(
     """
     config = config.placed()
     config.micro_batch(world_size)
-    config.train.require_device(gpu)  # before demo data are made
+    config.require_devices(world_size, gpu)  # before demo data are made
     folder = RunFolder(config.run.dir)
     if folder.exists():
         if fork is not None:
@@ -60,11 +60,13 @@ def prepare(
     config.optimizer.schedule_for(config.train.batch_size, plan.samples, plan.total_steps)
     with torch.device("meta"):
         objective = plan.objective(world_size)
-    config.train.require_possible(objective, gpu)
+    plan.require_different_samples()
+    config.train.require_possible(objective, gpu, config.run.device)
     config.optimizer.require_possible(config.train.zero_stage)
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)
         evaluation.require_data()
+    start.require_reopenable(config.encoder)
     branch = None if fork is None else fork.checkpoint()
     starting = None if state or fork is not None else start.opened(config.encoder, plan.image_size)
     if fork is not None and branch is not None:
@@ -115,7 +117,7 @@ def train(folder: RunFolder, stop: StopRequest, console: TextIO | None = None, *
     """
     config = loading.load(folder.config_file, RunConfig)
     torch.set_num_threads(config.run.threads)
-    here = processes.start()
+    here = processes.start(config.run.device)
     try:
         with folder.lease() if here.main else nullcontext():
             return attempts(folder, config, here, Outside(stop, console, **outside))

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from configs.errors import RunError
-from pretrain import checkpoint, encoders
+from configs.errors import ConfigError, RunError
+from pretrain import checkpoint, collectives, encoders
 from pretrain.collectives import from_main
-from pretrain.encoders import EncoderConfig, weights
+from pretrain.encoders import EncoderConfig, registered, weights
 from pretrain.encoders.weights import Loaded
 from pretrain.folder import RunFolder
 from pretrain.types import Objective
@@ -38,7 +38,16 @@ def opened(config: EncoderConfig, image_size: tuple[int, int]) -> tuple[nn.Modul
         return None
     with torch.random.fork_rng(devices=[]):
         encoder = encoders.build(config, image_size)
-    return encoder, weights.load(encoder, config.weights)
+    return encoder, weights.load(encoder, config.weights, config.weights_size)
+
+
+def require_reopenable(config: EncoderConfig) -> None:
+    """Refuse an architecture that nobody could open an export of, before it is trained.
+
+    Raises `ConfigError`.
+    """
+    if (problem := registered.problem(config.name, config.imports)) is not None:
+        raise ConfigError(f"encoder.name: {config.name} {problem}")
 
 
 def keep(folder: RunFolder, config: EncoderConfig, encoder: nn.Module, loaded: Loaded) -> dict[str, Any]:
@@ -55,8 +64,15 @@ def keep(folder: RunFolder, config: EncoderConfig, encoder: nn.Module, loaded: L
 def begin(objective: Objective, folder: RunFolder, config: EncoderConfig) -> None:
     """Give the objective its starting weights, unless the run has a checkpoint already; collective.
 
-    Raises `RunError` where the folder has lost them.
+    Says what of the encoder is drawn by chance. Raises `RunError` where the folder has lost the weights.
     """
+    if (drawn := encoders.chances(objective.encoder)) and collectives.rank() == 0:
+        log.warning(
+            "%s: drawn by each rank from a generator of its own, not from the samples' seeds, so that "
+            "losses on "
+            "other numbers of ranks, and after a resume, differ a little",
+            drawn,
+        )
     if config.weights is None or not from_main(lambda: checkpoint.latest(folder.root) is None):
         return
     if not folder.starting_weights.exists():
@@ -66,7 +82,8 @@ def begin(objective: Objective, folder: RunFolder, config: EncoderConfig) -> Non
         )
     objective.start_from(partial(_read, folder.starting_weights))
     told = folder.read_state()["starting_weights"]
-    log.info("starts from the weights of %s: %s", told["source"], told["taken"])
+    level = logging.WARNING if ";" in told["taken"] else logging.INFO  # something had to be assumed
+    log.log(level, "starts from the weights of %s: %s", told["source"], told["taken"])
 
 
 def _read(file: Path, encoder: nn.Module) -> None:

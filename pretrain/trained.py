@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Trained:
     @property
     def view(self) -> ViewSpec:
         """How evaluations show an image to the encoder."""
-        return evaluation_view(self.config.objective.views(self.image_size)[0], self.config.encoder.crop)
+        return evaluation_view(self.config.views(self.image_size)[0], self.config.encoder.crop)
 
     def facts(self) -> dict[str, Any]:
         """For a model card: what was trained on what, for how long, and how it was judged at that step.
@@ -83,7 +84,7 @@ class Trained:
         return [
             (row["samples"], row["loss"])
             for row in rows
-            if row["step"] <= self.step and row.get("loss") is not None
+            if row["step"] <= self.step and math.isfinite(row.get("loss") or math.nan)
         ]
 
 

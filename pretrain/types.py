@@ -225,6 +225,13 @@ class ObjectiveConfig(Config, ABC):
     @abstractmethod
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]: ...
 
+    def compared(self, batch_size: int) -> Mapping[str, int]:
+        """Samples that one is told apart from at a time, by the setting that says how many; none: not at all.
+
+        Together they have to be different ones, or an image would be its own negative.
+        """
+        return {}
+
     @abstractmethod
     def build(self, context: BuildContext) -> Objective: ...
 

@@ -9,11 +9,26 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from configs.errors import ConfigError
 from pretrain.encoders.torchvision_compat import ensure_torchvision
 
 ensure_torchvision()
 
+from timm.layers import PatchEmbed  # noqa: E402
 from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E402
+
+
+def not_plain(encoder: nn.Module) -> str | None:
+    """What keeps an encoder from being a ViT whose patches are one layer's, in a fixed grid."""
+    if not isinstance(encoder, VisionTransformer):
+        return f"a {type(encoder).__name__} is none"
+    if type(encoder.patch_embed) is not PatchEmbed:
+        return f"its patches come from a {type(encoder.patch_embed).__name__}"
+    if encoder.pos_embed is None:
+        return "it has no table of positions (encoder.args.pos_embed)"
+    if encoder.patch_embed.dynamic_img_pad:
+        return "its images are padded (encoder.args.dynamic_img_pad)"
+    return None
 
 
 def grid_and_patch(encoder: VisionTransformer) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -61,7 +76,12 @@ def sincos_positions(width: int, grid: tuple[int, int], prefix: int) -> Tensor:
 
 
 def fix_positions(encoder: VisionTransformer) -> None:
-    """Replace the learnt positions by fixed sine-cosine ones, in place."""
+    """Replace the learnt positions by fixed sine-cosine ones, in place. Raises `ConfigError`."""
+    if encoder.embed_dim % 4:
+        raise ConfigError(
+            f"encoder.args.embed_dim: found {encoder.embed_dim}; fixed 2-D positions need a width divisible "
+            f"by 4"
+        )
     prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
     grid, _ = grid_and_patch(encoder)
     with torch.no_grad():
@@ -104,9 +124,11 @@ def initialise_as_mae(modules: Iterable[nn.Module]) -> None:
             nn.init.zeros_(module.bias)
 
 
-def has_class_feature(encoder: VisionTransformer) -> bool:
-    """Whether the feature is the class token's, as of CLIP's own image towers."""
-    return encoder.cls_token is not None and encoder.global_pool == "token" and encoder.attn_pool is None
+def is_laid_out_as_open_clips(encoder: VisionTransformer) -> bool:
+    """Whether it is a tower such as open_clip makes itself: linear patches, plain blocks, a class token."""
+    pools_by_class = encoder.cls_token is not None and encoder.global_pool == "token"
+    plain = type(encoder.patch_embed) is PatchEmbed and all(type(block) is Block for block in encoder.blocks)
+    return pools_by_class and encoder.attn_pool is None and plain
 
 
 def initialise_as_open_clip(encoder: VisionTransformer) -> None:

@@ -8,15 +8,18 @@
         MoCo v3                  module.base_encoder.*, its head in head.* or fc.* (facebookresearch/moco-v3)
         CLIP                     visual.* of OpenAI's or open_clip's state dict, JIT archives aside
         plain                    timm's own names
+      each also as several processes or a compiler save it, with module. or _orig_mod. in front of all names
 
 What isn't the encoder's (decoder, heads, text tower, queue) is left out by these lists, and said; anything
-else that is missing or left over is an error that names it. Checkpoints are read without executing code from
-them.
+else that is missing or left over is an error that names it. What tensors alone can't tell is compared where
+the source says it (activations, heads, norms, the grid of positions), and said where it doesn't. Checkpoints
+are read without executing code from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +30,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.errors import RunError
+from pretrain.encoders import positions, registered
+from pretrain.encoders.positions import Grid
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,19 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout("MoCo v1 or v2", "module.encoder_q.", ("fc.",)),
-    Layout("MoCo v3", "module.base_encoder.", ("fc.", "head.")),
+    Layout("MoCo v1 or v2", "encoder_q.", ("fc.",)),
+    Layout("MoCo v3", "base_encoder.", ("fc.", "head.")),
     Layout("open_clip with timm's tower", "visual.trunk."),
-    Layout("open_clip with timm's tower", "module.visual.trunk."),  # a training checkpoint of several GPUs
     Layout("CLIP", "visual."),
-    Layout("CLIP", "module.visual."),
-    Layout("distributed", "module.", ("fc.", "head.")),
-    Layout("MAE or plain", "", ("decoder_", "mask_token", "fc.", "head.")),
+    Layout("MAE or plain", "", ("decoder_", "mask_token", "fc.", "head.", "classifier.")),
 )
 """The first whose prefix some name begins with is taken."""
+
+_WRAPPERS = ("module.", "_orig_mod.")
+"""In front of every name: what torch's DistributedDataParallel and compile put there."""
+
+_OPENAI = frozenset({"input_resolution", "context_length", "vocab_size"})
+"""Only OpenAI's own CLIP files have these among their tensors; all its networks have the quick GELU."""
 
 
 @dataclass(frozen=True)
@@ -57,26 +65,94 @@ class Loaded:
 
     layout: str
     left_out: tuple[str, ...] = ()  # modules and parameters that aren't the encoder's
-    grid: tuple[int, int] | None = None  # what positions were resampled to, where they were
+    grid: Grid | None = None  # what positions were resampled to, where they were
+    notes: tuple[str, ...] = ()  # what had to be assumed
 
     def __str__(self) -> str:
         positions = f", positions resampled to {self.grid[0]} x {self.grid[1]}" if self.grid else ""
-        return f"read as {self.layout}, left out: {', '.join(self.left_out) or 'nothing'}{positions}"
+        told = "".join(f"; {note}" for note in self.notes)
+        return f"read as {self.layout}, left out: {', '.join(self.left_out) or 'nothing'}{positions}{told}"
 
 
-def load(encoder: nn.Module, source: str) -> Loaded:
+@dataclass(frozen=True)
+class _Source:
+    """Tensors under the encoder's names, and what else is known of the network that they are of."""
+
+    tensors: dict[str, Tensor]
+    loaded: Loaded
+    network: nn.Module | None = None  # where timm has made it
+    grid: Grid | None = None  # of its positions
+
+
+def load(encoder: nn.Module, source: str, image_size: int | tuple[int, int] | None = None) -> Loaded:
     """Put the weights of `source` into `encoder`, which has no classifier.
 
-    Positions are resampled where the image size differs, as timm does. Raises `RunError` naming what doesn't
-    fit; the encoder is then unchanged.
+    Positions are resampled where the image size differs, as timm does; `image_size` is what they were trained
+    with, where a file can't tell it. Raises `RunError` naming what doesn't fit; the encoder is then
+    unchanged.
     """
-    own = encoder.state_dict()
     path = Path(source).expanduser()
-    found, loaded = _of_file(encoder, path) if path.is_file() else _of_timm(encoder, source)
-    there = found.get("pos_embed")
-    found = {name: _resampled(encoder, name, value, own) for name, value in found.items()}
-    if there is not None and found["pos_embed"] is not there:
-        loaded = replace(loaded, grid=tuple(encoder.patch_embed.grid_size))  # type: ignore[arg-type, union-attr]
+    given = _of_file(encoder, path) if path.is_file() else _of_timm(encoder, source)
+    if image_size is not None:
+        given = replace(given, grid=positions.grid_at(encoder, image_size))
+    _refuse_not_finite(given.tensors, source)
+    _refuse_unlike(encoder, given, source)
+    found, grid, note = positions.fitted(encoder, given.tensors, given.grid, source)
+    notes = (*given.loaded.notes, *([note] if note else []))
+    loaded = replace(given.loaded, grid=grid, notes=notes)
+    _refuse_misfit(encoder.state_dict(), found, source)
+    encoder.load_state_dict(found, strict=True)
+    return loaded
+
+
+def carry_over(given: nn.Module, encoder: nn.Module, source: str) -> None:
+    """Put the weights of one encoder into another of the same architecture, made for images of another size.
+
+    Raises `RunError` where more than positions differs.
+    """
+    found, _, _ = positions.fitted(encoder, given.state_dict(), positions.grid_of(given), source)
+    _refuse_misfit(encoder.state_dict(), found, source)
+    encoder.load_state_dict(found, strict=True)
+
+
+def _refuse_not_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    ill = [
+        name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()
+    ]
+    if ill:
+        raise RunError(
+            f"encoder.weights: {source}: {len(ill)} of its tensors hold NaN or infinity, such as {ill[0]}: "
+            "that network had diverged; take an earlier checkpoint"
+        )
+
+
+def _refuse_unlike(encoder: nn.Module, given: _Source, source: str) -> None:
+    """What two networks can differ in though their tensors have the same names and shapes."""
+    if given.network is None:
+        return
+    theirs = dict(given.network.named_modules())
+    for name, module in encoder.named_modules():
+        other = theirs.get(name)
+        if other is None or isinstance(module, nn.Dropout) or "Drop" in type(module).__name__:
+            continue
+        here, there = _character(module), _character(other)
+        if here != there:
+            raise RunError(
+                f"encoder.weights: {source} is of another network than this encoder: {name or 'it'} is "
+                f"{there} there "
+                f"and {here} here; set encoder.name and encoder.args to what the weights were trained as"
+            )
+
+
+def _character(module: nn.Module) -> str:
+    """What a module computes beside its weights; its numbers of inputs and outputs are their shapes'."""
+    heads = f" of {module.num_heads} heads" if isinstance(getattr(module, "num_heads", None), int) else ""
+    eps = f" of eps {module.eps:g}" if isinstance(getattr(module, "eps", None), float) else ""
+    kind = "" if any(module.children()) else type(module).__name__
+    return f"{kind}{heads}{eps}".strip() or "a module"
+
+
+def _refuse_misfit(own: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
     missing, unknown = _modules(own.keys() - found.keys(), own), _modules(found.keys() - own.keys(), found)
     wrong = [
         f"{name} is {tuple(value.shape)} there and {tuple(own[name].shape)} here"
@@ -87,12 +163,12 @@ def load(encoder: nn.Module, source: str) -> Loaded:
         told = [f"lacks {', '.join(missing)}"] if missing else []
         told += [f"has unknown {', '.join(unknown)}"] if unknown else []
         told += [*wrong[:4], f"{len(wrong) - 4} more differ in shape"] if len(wrong) > 4 else wrong
+        if "fc_norm.weight" in found and "fc_norm.weight" not in own:
+            told.append("its last norm is behind the pooling, as encoder.args.global_pool=avg makes it")
         raise RunError(
             f"encoder.weights: {source} doesn't fit this encoder: {'; '.join(told)}; "
             "set encoder.name and encoder.args to what the weights were trained as"
         )
-    encoder.load_state_dict(found, strict=True)
-    return loaded
 
 
 def _modules(names: Iterable[str], everything: Iterable[str]) -> list[str]:
@@ -107,8 +183,8 @@ def _modules(names: Iterable[str], everything: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def _of_file(encoder: nn.Module, path: Path) -> tuple[dict[str, Tensor], Loaded]:
-    tensors = _flat(_read(path), path)
+def _of_file(encoder: nn.Module, path: Path) -> _Source:
+    tensors, wrapped = _unwrapped(_flat(_read(path), path))
     layout = next(layout for layout in LAYOUTS if any(name.startswith(layout.prefix) for name in tensors))
     inside = {
         name.removeprefix(layout.prefix): value
@@ -116,11 +192,61 @@ def _of_file(encoder: nn.Module, path: Path) -> tuple[dict[str, Tensor], Loaded]
         if name.startswith(layout.prefix)
     }
     own = encoder.state_dict()
-    heads = {name for name in inside if name.startswith(layout.head) and name not in own}
+    last = (*layout.head, *(f"{name}." for name in classifiers(encoder)))
+    heads = {name for name in inside if name.startswith(last) and name not in own}
     outside = tensors.keys() - {layout.prefix + name for name in inside}
-    loaded = Loaded(layout.name, _roots(heads | outside))
+    notes = ()
     kept = {name: value for name, value in inside.items() if name not in heads}
-    return (_converted_clip(encoder, kept) if layout.name == "CLIP" else kept), loaded
+    if layout.name == "CLIP":
+        notes = _activation(encoder, tensors.keys(), path)
+        kept = _converted_clip(encoder, kept)
+    name = "distributed" if wrapped and layout.prefix == "" else layout.name
+    return _Source(
+        kept, Loaded(name, _roots(heads | outside), notes=notes), grid=_described_grid(encoder, path)
+    )
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """Without what wrappers put in front of every name, and whether there was any."""
+    wrapped = False
+    while prefix := next((w for w in _WRAPPERS if all(name.startswith(w) for name in tensors)), None):
+        tensors, wrapped = {name.removeprefix(prefix): value for name, value in tensors.items()}, True
+    return tensors, wrapped
+
+
+def classifiers(encoder: nn.Module) -> tuple[str, ...]:
+    """timm's names of the architecture's last layer: one, or several; none where it doesn't say."""
+    known = getattr(encoder, "pretrained_cfg", None) or {}
+    found = known.get("classifier") or ()
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def _activation(encoder: nn.Module, names: Iterable[str], path: Path) -> tuple[str, ...]:
+    """Refuses OpenAI's files for another activation than theirs; else says that a file can't tell."""
+    kinds = {type(m).__name__ for m in encoder.modules() if "GELU" in type(m).__name__}
+    quick = "QuickGELU" in kinds
+    if set(names) >= _OPENAI:
+        if not quick:
+            raise RunError(
+                f"encoder.weights: {path} is of OpenAI's CLIP, whose activation is the quick GELU, and this "
+                "encoder has the exact one; use an encoder.name of timm's vit_*_clip_quickgelu_* family"
+            )
+        return ()
+    here = "quick GELU" if quick else "exact GELU"
+    return (
+        f"the file doesn't say its activation, and this encoder has the {here}: OpenAI's weights and "
+        "open_clip's -quickgelu ones are of the quick GELU (timm's vit_*_clip_quickgelu_*), its others of the exact one",
+    )
+
+
+def _described_grid(encoder: nn.Module, path: Path) -> Grid | None:
+    """Of a file that lies in an export: its config.json says the images' size."""
+    try:
+        described = json.loads((path.parent / "config.json").read_text())
+        size = described["model_args"]["img_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return positions.grid_at(encoder, size if isinstance(size, int) else (int(size[0]), int(size[1])))
 
 
 def _read(path: Path) -> Any:
@@ -167,7 +293,7 @@ def _converted_clip(encoder: nn.Module, visual: dict[str, Tensor]) -> dict[str, 
     return {name: value for name, value in converted.items() if not name.startswith("head.")}
 
 
-def _of_timm(encoder: nn.Module, source: str) -> tuple[dict[str, Tensor], Loaded]:
+def _of_timm(encoder: nn.Module, source: str) -> _Source:
     import timm
 
     path = Path(source).expanduser()
@@ -177,6 +303,8 @@ def _of_timm(encoder: nn.Module, source: str) -> tuple[dict[str, Tensor], Loaded
             f"encoder.weights: {source} is neither a file, nor a folder, nor a name that timm knows; "
             "check the path, or see timm.list_pretrained()"
         )
+    if path.is_dir():
+        _bring(path)
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm raises whatever its downloader, its readers or the model raise
@@ -184,26 +312,19 @@ def _of_timm(encoder: nn.Module, source: str) -> tuple[dict[str, Tensor], Loaded
         raise RunError(
             f"encoder.weights: timm can't open {source}: {reason}; check the name and the network"
         ) from error
-    found: dict[str, Tensor] = model.state_dict()
-    own = encoder.state_dict()
-    # A mean-pooling ViT keeps its last norm behind the pooling, under another name.
-    if "fc_norm.weight" in found and "fc_norm.weight" not in own:
-        found = {name.replace("fc_norm.", "norm."): value for name, value in found.items()}
-    return found, Loaded("timm's")
+    return _Source(model.state_dict(), Loaded("timm's"), model, positions.grid_of(model))
 
 
-def _resampled(encoder: nn.Module, name: str, value: Tensor, own: Mapping[str, Tensor]) -> Tensor:
-    if name != "pos_embed" or name not in own or value.shape == own[name].shape:
-        return value
-    from timm.layers import resample_abs_pos_embed
-
-    prefix = int(getattr(encoder, "num_prefix_tokens", 0))
-    if value.shape[-1] != own[name].shape[-1]:
-        return value
-    grid = encoder.patch_embed.grid_size  # type: ignore[union-attr]
-    resampled = resample_abs_pos_embed(value, new_size=list(grid), num_prefix_tokens=prefix)  # type: ignore[arg-type]
-    assert isinstance(resampled, Tensor)
-    return resampled
+def _bring(folder: Path) -> None:
+    """Import what registers the architecture of an export, where that isn't timm's own."""
+    try:
+        modules = registered.opened_with(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError):
+        return  # timm says what is wrong with it
+    try:
+        registered.bring(modules)
+    except ValueError as error:
+        raise RunError(f"encoder.weights: {folder}: its architecture is registered by {error}") from error
 
 
 def _roots(names: Iterable[str]) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ def neighbours(
     order = similarity.topk(min(near, len(others) - 1), dim=1).indices.cpu()
     mine = some(subject, queries, numbers).views[0]
     theirs = some(subject, pool, order.flatten().tolist()).views[0]
-    theirs = theirs.reshape(*order.shape, 3, *subject.view.size)
+    theirs = theirs.reshape(*order.shape, *theirs.shape[1:])
     sheet = Image.new("RGB", (_CELL * (near + 1) + 12 + near * 2, (_CELL + 4) * len(numbers)), _PAPER)
     pen = ImageDraw.Draw(sheet)
     for down, query in enumerate(numbers):

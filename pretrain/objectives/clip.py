@@ -19,7 +19,7 @@ encoders (ResNets, attention pooling as SigLIP's) are timm's in open_clip too, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import pydantic
@@ -76,6 +76,9 @@ class CLIPConfig(ObjectiveConfig):
         crop = RandomResizedCrop(scale=self.crop_scale)
         return [ViewSpec(image_size, crop, flip=self.flip, mean=self.mean, std=self.std)]
 
+    def compared(self, batch_size: int) -> Mapping[str, int]:
+        return {"train.batch_size": batch_size}
+
     def build(self, context: BuildContext) -> CLIP:
         """Raises `ConfigError` where batch norm and micro-batches, or tokenizer and tower, don't fit."""
         micro_batch_size, accumulation = context.micro_batch_size, context.accumulation
@@ -112,7 +115,7 @@ class CLIP(WholeBatchObjective):
         self.config, self.autocast_dtype = config, context.autocast
         self.micro_batch_size = context.micro_batch_size
         self.encoder = convert(context.encoder, *parse(config.batch_norm))
-        if encoders.is_vit(self.encoder) and vit.has_class_feature(self.encoder):
+        if encoders.is_vit(self.encoder) and vit.is_laid_out_as_open_clips(self.encoder):
             vit.initialise_as_open_clip(self.encoder)
         self.image_projection: nn.Module = nn.Identity()
         if config.projection:

@@ -15,6 +15,7 @@ need not be square.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import pydantic
@@ -22,10 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import ConfigError
+from data_pipeline.augment import denormalised
 from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
 from pretrain import losses
-from pretrain.encoders import is_vit, vit
+from pretrain.encoders import vit
 from pretrain.optimizers import without_decay_on_vectors
 from pretrain.precision import autocast
 from pretrain.types import BuildContext, LossOutput, Objective, ObjectiveConfig, ParamGroup, Progress
@@ -52,16 +54,30 @@ class MAEConfig(ObjectiveConfig):
         return [ViewSpec(size=image_size, crop=RandomResizedCrop(scale=self.crop_scale), flip=self.flip)]
 
     def build(self, context: BuildContext) -> MAE:
-        if not is_vit(context.encoder) or not isinstance(context.encoder.norm, nn.LayerNorm):
-            raise ConfigError(
-                "encoder.name: mae needs a VisionTransformer with a final norm, such as vit_base_patch16_224"
-            )
+        _require_usable(context.encoder)
         if self.decoder_width % self.decoder_heads or self.decoder_width % 4:
             raise ConfigError(
                 f"objective.decoder_width: found {self.decoder_width}; "
                 f"must be divisible by 4 and by decoder_heads ({self.decoder_heads})"
             )
         return MAE(self, context)
+
+
+def _require_usable(encoder: Any) -> None:
+    """Raises `ConfigError` where patches can't be hidden, or the feature wouldn't be trained."""
+    why, hint = vit.not_plain(encoder), "use one such as vit_base_patch16_224"
+    if why is None and encoder.attn_pool is not None:
+        why = "its attention pooling (global_pool map) is behind the tokens that are trained"
+        hint = "set encoder.pooling=avg"
+    elif why is None and not isinstance(encoder.norm, nn.LayerNorm):
+        why = "it has no layer norm behind its last block"
+        hint = "set encoder.pooling=avg in place of encoder.args.global_pool, or use another ViT"
+    elif why is None and not isinstance(encoder.patch_drop, nn.Identity):
+        why, hint = "encoder.args.patch_drop_rate hides patches a second time", "leave it out"
+    if why is not None:
+        raise ConfigError(
+            f"encoder.name: mae needs a plain VisionTransformer with a final norm, and {why}; {hint}"
+        )
 
 
 class Reconstruction(NamedTuple):
@@ -88,12 +104,13 @@ class MAE(Objective):
                 f"objective.mask_ratio: {config.mask_ratio} of {patches} patches leaves {self.visible_count} "
                 "visible; at least one must be visible and one hidden"
             )
+        self.channels = int(encoder.patch_embed.proj.in_channels)
         width = config.decoder_width
         self.decoder_embed = nn.Linear(encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder_blocks = vit.transformer_blocks(width, config.decoder_depth, config.decoder_heads)
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
-        self.decoder_predict = nn.Linear(width, self.patch[0] * self.patch[1] * 3)
+        self.decoder_predict = nn.Linear(width, self.patch[0] * self.patch[1] * self.channels)
         positions = vit.sincos_positions(width, self.grid, prefix=encoder.num_prefix_tokens)
         self.decoder_positions: Tensor
         self.register_buffer("decoder_positions", positions, persistent=False)
@@ -169,6 +186,5 @@ class MAE(Objective):
         rows = [patches, patches.masked_fill(hidden, 0.0), torch.where(hidden, predicted, patches)]
         strips = torch.cat([vit.unpatchify(row, self.grid, self.patch) for row in rows], dim=3)
         sheet = torch.cat(list(strips), dim=1)
-        spec = self.config.views((1, 1))[0]
-        mean, std = (sheet.new_tensor(value).view(3, 1, 1) for value in (spec.mean, spec.std))
-        return {"reconstructions": (sheet * std + mean).clamp(0, 1)}
+        spec = replace(self.config.views((1, 1))[0], grey=self.channels == 1)
+        return {"reconstructions": denormalised(sheet, spec)}

@@ -68,6 +68,9 @@ class MoCoConfig(ObjectiveConfig):
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
         return [self.augmentation.view(image_size)] * 2
 
+    def compared(self, batch_size: int) -> Mapping[str, int]:
+        return {"objective.queue": self.queue, "train.batch_size": batch_size}
+
     def build(self, context: BuildContext) -> MoCo:
         kind, size = parse(self.batch_norm)
         if kind == "grouped" and context.micro_batch_size % size:

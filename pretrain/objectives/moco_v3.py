@@ -8,9 +8,9 @@ algorithm 1 and §4), with the settings of the authors' code (facebookresearch/m
     loss = ctr(q_1, k_2) + ctr(q_2, k_1)
     after an applied step: encoder', projector' <- m of themselves + (1 - m) of the student, m from .99 to 1
 
-A ViT has fixed sine-cosine positions and a patch projection that stays random, without which the authors saw
-instable training. Heads as theirs: for a ViT three layers project and the predictor ends in batch norm; for
-a ResNet two, and it doesn't. Batch norm in the heads is over the global batch.
+A plain ViT has fixed sine-cosine positions and a patch projection that stays random, without which the
+authors saw instable training. Heads as theirs: for a ViT three layers project and the predictor ends in
+batch norm; for a ResNet two, and it doesn't. Batch norm in the heads is over the global batch.
 """
 
 from __future__ import annotations
@@ -56,13 +56,16 @@ class MoCoV3Config(ObjectiveConfig):
     hidden: int = pydantic.Field(4096, gt=0)  # of projector and predictor
     temperature: float = pydantic.Field(0.2, gt=0)
     momentum: float = pydantic.Field(0.99, ge=0, le=1)  # at the start; 1 at the end
-    freeze_patches: bool = True  # of a ViT: the patch projection keeps its random weights
+    freeze_patches: bool = True  # of a plain ViT: the patch projection keeps its random weights
     batch_norm: Spelled = "sync"  # inside the encoder: sync, rank (each its own statistics), grouped:N
     first: Augmentation = _VIEW.model_copy(update={"blur": 1.0})
     second: Augmentation = _VIEW.model_copy(update={"blur": 0.1, "solarize": 0.2})
 
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
         return [self.first.view(image_size), self.second.view(image_size)]
+
+    def compared(self, batch_size: int) -> Mapping[str, int]:
+        return {"train.batch_size": batch_size}
 
     def build(self, context: BuildContext) -> MoCoV3:
         """Raises `ConfigError` where the encoder's batch norm and micro-batches don't fit."""
@@ -80,7 +83,7 @@ class MoCoV3(WholeBatchObjective):
         self.micro_batch_size = context.micro_batch_size
         self.encoder = convert(context.encoder, *parse(config.batch_norm))
         is_vit = encoders.is_vit(self.encoder)
-        if is_vit:
+        if vit.not_plain(self.encoder) is None:
             vit.initialise_as_moco_v3(self.encoder)
             vit.fix_positions(self.encoder)
             self.encoder.patch_embed.requires_grad_(not config.freeze_patches)

@@ -63,11 +63,16 @@ def test_a_visible_token_keeps_its_place() -> None:
 
 
 def test_pooling() -> None:
-    encoder = encoders.build(small(), (16, 16)).eval()
     images = torch.randn(2, 3, 16, 16)
-    tokens = encoder.forward_features(images)
-    torch.testing.assert_close(encoders.features(encoder, images, "token"), tokens[:, 0])
-    torch.testing.assert_close(encoders.features(encoder, images, "avg"), tokens[:, 1:].mean(1))
+    for pooling, of in (
+        ("token", lambda tokens: tokens[:, 0]),
+        ("avg", lambda tokens: tokens[:, 1:].mean(1)),
+    ):
+        encoder = encoders.build(small().model_copy(update={"pooling": pooling}), (16, 16)).eval()
+        with torch.no_grad():
+            encoder.norm.weight.uniform_(0.5, 2.0)  # so that norm and mean can't be exchanged
+            tokens = encoder.forward_features(images)
+            torch.testing.assert_close(encoders.features(encoder, images), of(tokens))
 
 
 def test_unknown_names_and_arguments_are_one_line() -> None:
