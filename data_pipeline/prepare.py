@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import ConfigError, DataError
@@ -16,9 +16,9 @@ from data_pipeline.files import write_whole
 from data_pipeline.hashing import key, permutation
 from data_pipeline.manifest import Manifest
 from data_pipeline.parallel import Progress
-from data_pipeline.read import Reader, SampleError
-from data_pipeline.remote import fetched
+from data_pipeline.read import SampleError
 from data_pipeline.tokenize import train
+from data_pipeline.visit import reading
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _captions(
     for shard in permutation(key(_SHARDS), len(manifest.shards)).tolist():
         if done >= total:
             break
-        with _opened(manifest, shard) as reader:
+        with reading(manifest, shard) as reader:
             for sample in range(min(manifest.shards[shard].samples, total - done)):
                 try:
                     payloads = dict(reader.read(shard, sample, (), fields))
@@ -161,7 +161,7 @@ def captions_in_order(manifest: Manifest, names: Sequence[str], start: int, stop
         first += size
         if not wanted:
             continue
-        with _opened(manifest, shard) as reader:
+        with reading(manifest, shard) as reader:
             for sample in wanted:
                 payloads = dict(reader.read(shard, sample, (), fields))
                 try:
@@ -171,14 +171,3 @@ def captions_in_order(manifest: Manifest, names: Sequence[str], start: int, stop
                 if not found:
                     raise DataError(f"{manifest.path}: sample {reader.key(shard, sample)} has no caption")
                 yield found
-
-
-@contextmanager
-def _opened(manifest: Manifest, shard: int) -> Iterator[Reader]:
-    """A reader for one shard, which is fetched for the time where it lies behind a URL."""
-    if not manifest.shards[shard].remote:
-        with closing(Reader(manifest)) as reader:
-            yield reader
-        return
-    with fetched(manifest.shards[shard].name) as path, closing(Reader(manifest, lambda _: path)) as reader:
-        yield reader
