@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.books import Books
-from data_pipeline.read import IMAGE_FIELDS
+from data_pipeline.fields import IMAGE_FIELDS
 
 ENDINGS = tuple(f".{field}" for field in IMAGE_FIELDS)
 

@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 from configs.errors import DataError
 from data_pipeline.hashing import Int64s
 from data_pipeline.manifest import Manifest
-from data_pipeline.read import LABEL_FIELDS, Reader, label_in
+from data_pipeline.read import Reader, label_in
 
 _USUAL = 22_000
 """Numbers whose checksums are known beforehand, beyond those of the named classes: ImageNet has 21,841."""
@@ -59,14 +59,18 @@ def _checksums(manifest: Manifest) -> npt.NDArray[np.uint64]:
     parts = []
     for number in range(len(manifest.shards)):
         index = manifest.index(number)
-        column = index.column(LABEL_FIELDS)
-        lacking = np.arange(len(index)) if column is None else np.flatnonzero(index.offsets[:, column] < 0)
-        if column is None or len(lacking):
+        checksums, labelled = np.zeros(len(index), np.uint64), np.zeros(len(index), bool)
+        for name in reversed([name for name in manifest.labels if name in index.fields]):
+            members = np.flatnonzero(index.field_of == index.fields.index(name))
+            checksums[index.sample_of[members]] = index.checksum[members]  # the first field a sample has wins
+            labelled[index.sample_of[members]] = True
+        if not labelled.all():
             raise DataError(
-                f"{manifest.path}: {manifest.shards[number].name}: sample {index.key(int(lacking[0]))!r} has "
-                f"no label (field {LABEL_FIELDS[0]}); label all samples, or judge by what needs no labels"
+                f"{manifest.path}: {manifest.shards[number].name}: sample "
+                f"{index.key(int(labelled.argmin()))!r} has no label (field {manifest.labels[0]}); label all "
+                "samples, or judge by what needs no labels"
             )
-        parts.append(index.checksums[:, column])
+        parts.append(checksums)
     return np.concatenate(parts)
 
 
@@ -77,7 +81,7 @@ def _known(count: int) -> dict[int, int]:
 
 
 def _read(reader: Reader, shard: int, sample: int) -> int:
-    [(field, payload)] = reader.read(shard, sample, [LABEL_FIELDS])
+    [(field, payload)] = reader.read(shard, sample, [reader.manifest.labels])
     try:
         return label_in(payload)
     except ValueError as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pydantic
 import torch
 from torch import Tensor, nn
@@ -58,9 +59,10 @@ class RetrievalConfig(EvaluatorConfig):
         for number, shard in enumerate(manifest.shards):
             index = manifest.index(number)
             columns = [column for column, name in enumerate(index.fields) if name in wanted]
-            without = (index.offsets[:, columns] < 0).all(axis=1)
-            if without.any():
-                key = index.key(int(without.argmax()))
+            captioned = np.zeros(len(index), bool)
+            captioned[index.sample_of[np.isin(index.field_of, columns)]] = True
+            if not captioned.all():
+                key = index.key(int(captioned.argmin()))
                 raise DataError(
                     f"{path}: {shard.name}: sample {key!r} has no caption ({', '.join(sorted(wanted))}); "
                     f"give each image one, or judge by another set than evaluate.{self.title}.data"

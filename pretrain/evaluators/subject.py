@@ -22,7 +22,6 @@ from data_pipeline.hashing import Int64s
 from data_pipeline.labels import labels_of
 from data_pipeline.load import sequential
 from data_pipeline.manifest import Manifest
-from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.tokenize import Tokenizer
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
@@ -228,7 +227,7 @@ class EvaluatorConfig(Config, ABC):
         """Those in `manifests()`. Raises `UserError` where one has no labels, or other classes."""
         loaded = {path: Manifest.load(path) for path in self.manifests()}
         for path, manifest in loaded.items():
-            if self.needs_labels and not set(LABEL_FIELDS) & set(manifest.fields):
+            if self.needs_labels and not set(manifest.labels) & set(manifest.fields):
                 raise DataError(f"{path}: has no class labels, which {self.title} needs")
         (learn, first), (judge, last) = next(iter(loaded.items())), list(loaded.items())[-1]
         if self.needs_labels and first.classes and last.classes and first.classes != last.classes:

@@ -16,7 +16,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.evaluators.knn import KNNConfig
 
 
-@pytest.mark.parametrize("figures", itertools.permutations([50.0, math.nan, 70.0, math.nan]))
+@pytest.mark.parametrize("figures", list(itertools.permutations([50.0, math.nan, 70.0, math.nan])))
 @pytest.mark.parametrize(("which", "wanted"), [("highest", 70.0), ("lowest", 50.0)])
 def test_a_nan_is_never_the_best_whenever_it_comes(
     figures: tuple[float, ...], which: Any, wanted: float, monkeypatch: pytest.MonkeyPatch
