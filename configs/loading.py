@@ -74,6 +74,17 @@ def find(path: str | Path) -> Path:
 
 def resolved(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The merged and interpolated settings of `path` as plain containers, not yet validated."""
+    return _overridden(lambda: _with_bases(path, ()), overrides, str(path))
+
+
+def from_values(
+    values: dict[str, Any], schema: type[ConfigType], overrides: Sequence[str], source: str
+) -> ConfigType:
+    """As `load`, from settings at hand in place of a file; `source` is what errors name."""
+    return validate(_overridden(lambda: OmegaConf.create(values), overrides, source), schema, source)
+
+
+def _overridden(values: Callable[[], DictConfig], overrides: Sequence[str], source: str) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override}: an override reads path.to.setting=value")
@@ -83,10 +94,10 @@ def resolved(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
                 "as what a config holds must be; rename it, or give a link to it another name"
             )
     try:
-        merged = OmegaConf.merge(_with_bases(path, ()), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(values(), OmegaConf.from_dotlist(list(overrides)))
         container = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from error
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
 

@@ -56,7 +56,7 @@ def prepare(
             raise RunError(f"run.dir: {folder.root} is a run already, and a fork is a new one; set another")
         _refuse_another_run(folder, config)
     best.require_known(config.checkpoint, config.evaluate)
-    make_missing(config.data, progress)
+    make_missing(config.data, config.run.dir, progress)
     plan = Plan.of(config)
     consumed = plan.total_steps * config.train.batch_size
     plan.data.require(config.objective.needs, world_size=world_size, seed=config.run.seed, samples=consumed)
