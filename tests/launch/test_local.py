@@ -191,7 +191,7 @@ def test_a_signal_before_a_rank_listens_is_kept_for_it(tmp_path: Path) -> None:
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:
     launcher = start("sleep_until(lambda: asked, 60); (here / f'asked{rank}').touch(); time.sleep(60)")
     launcher.send_signal(signal.SIGINT)
-    wait_for(lambda: len(list(tmp_path.glob("asked?"))) == 2, "both ranks have heard the first one")
+    wait_for("both ranks to hear the first one", lambda: len(list(tmp_path.glob("asked?"))) == 2)
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(60) == 130
