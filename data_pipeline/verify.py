@@ -187,7 +187,7 @@ def _check_whole(manifest: Manifest, number: int, path: Path) -> None:
     os.close(open_shard(path, shard.bytes))
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
     if digest != shard.sha256:
