@@ -81,8 +81,8 @@ def _in_folder(folder: Path) -> list[str]:
     packed = [path.name for path in files if path.name.lower().endswith(_COMPRESSED)]
     if packed:
         raise DataError(
-            f"{folder}: holds {len(packed)} compressed tars, for instance {shown(packed[0])}; unpack them, or "
-            "name the shards that are meant"
+            f"{folder}: holds {len(packed)} compressed tars, for instance {shown(packed[0])}; unpack them, "
+            "or name the shards that are meant"
         )
     found = [str(path) for path in files if path.suffix.lower() == ".tar"]
     if not found:

@@ -54,7 +54,9 @@ class Report:
         return not self.findings and not self.more
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "whole": self.whole}, ensure_ascii=False, indent=1)
+        """Text that UTF-8 can hold, whatever bytes the names have."""
+        text = json.dumps({**asdict(self), "whole": self.whole}, ensure_ascii=False, indent=1)
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)

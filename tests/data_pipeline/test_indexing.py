@@ -475,7 +475,11 @@ def test_names_that_arent_utf8_are_carried_through(tmp_path: Path) -> None:
     manifest = index([str(path)], tmp_path / LATIN / "list")
     assert manifest.index(0).keys() == [raw] and raw in manifest.fields and numbers(manifest) == [3]
     report = verify(Manifest.load(tmp_path / LATIN / "list"))
-    assert report.whole and json.loads(report.to_json())["members"]["left_out"]
+    assert report.whole and json.loads(report.to_json().encode())["members"]["left_out"]
+    with manifest.shard_path(0).open("r+b") as file:
+        file.seek(600)
+        file.write(b"damage")
+    assert json.loads(verify(manifest).to_json().encode())["findings"][1]["key"] == raw
     manifest.path.read_bytes().decode("utf-8")
 
 
