@@ -54,7 +54,7 @@ class Report:
         return not self.findings and not self.more
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "whole": self.whole}, ensure_ascii=False, indent=1)
+        return json.dumps({**asdict(self), "whole": self.whole}, indent=1)
 
 
 @dataclass(frozen=True)
