@@ -12,6 +12,7 @@ from data_pipeline.fields import IMAGE_FIELDS
 from data_pipeline.members import FOLDER
 
 NO_PICTURE = "samples have no picture"
+MORE_PICTURES = "samples have more than one picture, of which one is read"
 APART = (
     "samples have the key of an earlier one in their shard; the members of a sample have to follow each "
     "other (tar --sort=name)"
@@ -95,8 +96,7 @@ def _hint(fields: Sequence[str]) -> str:
     if not looking:
         return ""
     if len(looking) <= _FIELDS_SHOWN:
-        return f"; is it in {' or '.join(looking)}? Then index with --picture-field"
-    return (
-        f"; names are split at their first dot, which gives {len(fields)} fields: --split-at last splits "
-        "them at their last"
-    )
+        taken = f"if it is in {' or '.join(looking)}, index with --picture-field"
+    else:
+        taken = f"there are {len(looking)} fields with endings of pictures"
+    return f"; {taken}; if names have dots of their own, with --split-at last"

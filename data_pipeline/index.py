@@ -109,8 +109,7 @@ class Index:
     @cached_property
     def sample_of(self) -> npt.NDArray[np.int64]:
         """(members,): the sample that each belongs to."""
-        counts = np.diff(self.member_ends.astype(np.int64), prepend=0)
-        return np.repeat(np.arange(len(self)), counts)
+        return np.searchsorted(self.member_ends, np.arange(len(self.offset)), side="right").astype(np.int64)
 
     def to_bytes(self) -> bytes:
         names = json.dumps(self.fields).encode()
@@ -276,12 +275,12 @@ def survey(path: Path, split: Split = "first") -> Surveyed:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
 
 
-def samples_without(index: Index, fields: Collection[str]) -> npt.NDArray[np.int64]:
-    """Numbers of the samples that have none of `fields`."""
+def fields_counted(index: Index, fields: Collection[str]) -> npt.NDArray[np.int64]:
+    """(samples,): how many of `fields` each sample has."""
     wanted = [number for number, name in enumerate(index.fields) if name in fields]
-    having = np.zeros(len(index), bool)
-    having[index.sample_of[np.isin(index.field_of, wanted)]] = True
-    return np.flatnonzero(~having)
+    return np.bincount(index.sample_of[np.isin(index.field_of, wanted)], minlength=len(index)).astype(
+        np.int64
+    )
 
 
 def _left(books: Books) -> str:

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from configs.errors import DataError
-from data_pipeline.account import AGAIN, APART, NO_PICTURE, SAME_BYTES, Account, some
+from data_pipeline.account import AGAIN, APART, MORE_PICTURES, NO_PICTURE, SAME_BYTES, Account, some
 from data_pipeline.fields import IMAGE_FIELDS
 from data_pipeline.files import write_whole
-from data_pipeline.index import FORMAT, Index, Surveyed, samples_without, survey
+from data_pipeline.index import FORMAT, Index, Surveyed, fields_counted, survey
 from data_pipeline.manifest import Manifest, Shard, all_fields, index_name, relative_name, save_index
 from data_pipeline.members import Split, shown
 from data_pipeline.parallel import Progress, mapped
@@ -137,12 +139,11 @@ def add_shard(directory: Path, path: Path, name: str, fields: Fields | None = No
 def _account_of(found: Surveyed, fields: Fields) -> Account:
     """What is to be said of one shard."""
     account, index = Account(found.books), found.index
-    without = samples_without(index, fields.picture or IMAGE_FIELDS)
-    account.doubt(
-        NO_PICTURE,
-        [f"{shown(index.key(n))} with {some(index.fields_of(n))}" for n in without[:3].tolist()],
-        len(without),
-    )
+    counts = fields_counted(index, fields.picture or IMAGE_FIELDS)
+    for doubt, found_so in ((NO_PICTURE, counts == 0), (MORE_PICTURES, counts > 1)):
+        numbers = np.flatnonzero(found_so).tolist()
+        examples = [f"{shown(index.key(n))} ({some(index.fields_of(n))})" for n in numbers[:3]]
+        account.doubt(doubt, examples, len(numbers))
     account.doubt(AGAIN, map(shown, found.again[:3]), len(found.again))
     account.doubt(APART, map(shown, found.apart[:3]), len(found.apart))
     return account
@@ -221,9 +222,9 @@ def _index_one(task: _Task) -> Indexed | _Bad:
     except CantWriteError:
         raise
     except FetchError as error:
-        return _Bad(str(error), "can't be fetched", unreachable="missing shard" not in str(error))
+        return _Bad(str(error), "can't be fetched", unreachable="attempts" in str(error))
     except DataError as error:
-        return _Bad(str(error), _kind_of(str(error)))
+        return _Bad(str(error), _kind_of(str(error).replace(task.name, "")))
 
 
 def _kind_of(reason: str) -> str:
@@ -247,7 +248,12 @@ def _indexed(task: _Task) -> Indexed:
     if is_remote(task.name):
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / "shard.tar"
-            fetch(task.name, local)
+            try:
+                fetch(task.name, local)
+            except FetchError:
+                raise
+            except DataError as error:  # no room for the copy: no fault of the shard
+                raise CantWriteError(str(error)) from error
             try:
                 made = add_shard(task.directory, local, task.name, task.fields)
             except CantWriteError:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from posixpath import dirname, join, normpath
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from configs.errors import DataError
 from data_pipeline.books import Books
@@ -167,10 +167,12 @@ def _entry(info: tarfile.TarInfo, size: int, path: Path) -> _Entry | None:
 
 def _pieces(info: tarfile.TarInfo) -> tuple[Piece, ...]:
     """Where the stretches of a sparse member lie: one behind the other, holes left out."""
-    if info.sparse is None:  # type: ignore[attr-defined]
+    stretches: Any = info.sparse  # a list of (start, length), whatever its stub says
+    if stretches is None:
         return ()
-    found, place = [], info.offset_data
-    for start, length in info.sparse:  # type: ignore[attr-defined]
+    found: list[Piece] = []
+    place = info.offset_data
+    for start, length in stretches:
         if not (0 <= start <= info.size and 0 <= length <= info.size - start):
             raise ValueError("a sparse member's map goes beyond its size")
         if length:
@@ -212,7 +214,7 @@ def _enter(entries: Sequence[tuple[str, _Entry]], split: Split, found: Contents)
         elif payload.pieces and payload.size > MOST_SPARSE:
             found.books.leave_out(TOO_SPARSE, shown(name))
         else:
-            found.members.append(Member(name, *named, *payload))
+            found.members.append(Member(name, *named, payload.offset, payload.size, payload.pieces))
     found.books.take(len(found.members))
 
 

@@ -55,8 +55,10 @@ class SampleError(DataError):
     """One sample can't be used; the rest of its shard can."""
 
     def __init__(self, shard: str, key: str, field: str, reason: str):
+        choose = "choose another by keel data index --picture-field or --label-field, "
         super().__init__(
-            f"{shard}: sample {key!r}: field {field}: {reason}; mend it and pack the shard again, "
+            f"{shard}: sample {key!r}: field {field}: {reason}; "
+            f"{choose if reason.startswith('missing') else ''}mend it and pack the shard again, "
             "or have such samples replaced (data.max_broken)"
         )
         self.shard, self.key, self.field, self.reason = shard, key, field, reason
@@ -145,7 +147,7 @@ class Reader:
                     raise self._error(shard, sample, name, f"larger than {_HUGE >> 20} MiB")
                 return column
         has = some(opened.index.fields_of(sample)) or "none"
-        raise self._error(shard, sample, "/".join(names), f"missing; the sample has {has}")
+        raise self._error(shard, sample, some(names), f"missing; the sample has {has}")
 
     def _payloads(
         self, shard: int, opened: _Open, sample: int, row: Row, columns: Sequence[int]

@@ -29,10 +29,16 @@ class _Seen(NamedTuple):
     kind: str  # file, folder, soft, hard, or other
     target: str  # of a link, as it would be named in the tar
     huge: bool
+    offset: int
+    size: int
 
 
-def recount(path: Path, split: str = "first") -> tuple[Counter[tuple[str, str]], Books]:
-    """How often each (key, field) is there to be read, and an account of all members. Raises `DataError`."""
+Field = tuple[str, str, int, int]
+"""Key, field, first byte and size of what a member or the member it leads to holds."""
+
+
+def recount(path: Path, split: str = "first") -> tuple[Counter[Field], Books]:
+    """How often each field is there to be read, and an account of all members. Raises `DataError`."""
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             seen = []
@@ -46,26 +52,28 @@ def recount(path: Path, split: str = "first") -> tuple[Counter[tuple[str, str]],
         for number, one in enumerate(seen):
             if one.kind != "other":
                 places.setdefault(normpath(one.name), []).append(number)
-    found, books = Counter[tuple[str, str]](), Books("members")
+    found, books = Counter[Field](), Books("members")
     for number, one in enumerate(seen):
         match = _SPLIT[split].fullmatch(one.name)
-        reason = _reason(one, _end(number, seen, places), match)
-        if reason or match is None:
+        end = _end(number, seen, places) if one.target else one
+        reason = _reason(one, end, match)
+        if reason or match is None or end is None:
             books.leave_out(reason, members.shown(one.name))
         else:
-            found[match[1], match[2].lower()] += 1
+            found[match[1], match[2].lower(), end.offset, end.size] += 1
     books.take(found.total())
     return found, books
 
 
 def _seen(info: tarfile.TarInfo) -> _Seen:
     if info.isreg():
-        return _Seen(info.name, "file", "", info.issparse() and info.size > members.MOST_SPARSE)
+        huge = info.issparse() and info.size > members.MOST_SPARSE
+        return _Seen(info.name, "file", "", huge, info.offset_data, info.size)
     if info.islnk():
-        return _Seen(info.name, "hard", normpath(info.linkname), False)
+        return _Seen(info.name, "hard", normpath(info.linkname), False, 0, 0)
     if info.issym():
-        return _Seen(info.name, "soft", normpath(join(dirname(info.name), info.linkname)), False)
-    return _Seen(info.name, "folder" if info.isdir() else "other", "", False)
+        return _Seen(info.name, "soft", normpath(join(dirname(info.name), info.linkname)), False, 0, 0)
+    return _Seen(info.name, "folder" if info.isdir() else "other", "", False, 0, 0)
 
 
 def _end(number: int, seen: Sequence[_Seen], places: Mapping[str, list[int]]) -> _Seen | None:
@@ -86,7 +94,7 @@ def _reason(one: _Seen, end: _Seen | None, match: re.Match[str] | None) -> str:
     """Why a member isn't read; empty where it is."""
     if one.kind == "other":
         return members.SPECIAL
-    if _META.match(one.name):
+    if one.name.startswith(("__", "./__")) and _META.match(one.name):
         return members.META
     if end is not None and end.kind == "folder":
         return members.FOLDER if end is one else members.LINK_TO_FOLDER

@@ -23,6 +23,7 @@ from configs.errors import UserError
 from configs.loading import difference, load
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.manifest import Manifest
+from data_pipeline.prepare import lacks_demo, require_own_places
 from data_pipeline.read import Reader
 from data_pipeline.remote import size_of
 from launch import queue, slurm
@@ -71,8 +72,7 @@ class Patient:
     @property
     def waits_for_demo(self) -> bool:
         """Whether its data are made only when training starts."""
-        data = self.config.data
-        return data.demo is not None and data.manifest is not None and not data.manifest.is_file()
+        return self.config.data.manifest is not None and lacks_demo(self.config.data)
 
     @property
     def disk(self) -> Path:
@@ -108,6 +108,7 @@ def _failed(name: str, error: UserError) -> Check:
 
 def _data(patient: Patient) -> Iterator[Check]:
     """Manifests load, and shards lie there with their sizes."""
+    require_own_places(patient.config.data, patient.config.run.dir)
     if patient.waits_for_demo:
         yield Check("data", "pass", f"demo data will be made in {patient.config.data.first_manifest.parent}")
         return

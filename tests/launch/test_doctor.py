@@ -97,6 +97,11 @@ def test_demo_data_that_are_not_made_yet_are_fine(tmp_path: Path) -> None:
             {},
             {"data": "/nowhere/manifest.json: no such"},
         ),
+        (
+            ["data.manifest=/my-phtos/train/manifest.json"],
+            {},
+            {"data": "/my-phtos/train/manifest.json: no such file, and demo data are only made in"},
+        ),
         (["train.batch_size=33"], {"nproc": 2}, {"batch": "33 can't be shared"}),
         (["train.micro_batch_size=5"], {}, {"batch": "5 doesn't divide"}),
         (["run.dir=/proc/none"], {}, {"run folder": "/proc can't be written to"}),

@@ -17,6 +17,7 @@ from launch import local
 from launch.local import supervise
 from pretrain.config import RunConfig, RunSection
 from pretrain.folder import RunFolder
+from tests.waiting import wait_for
 
 PREAMBLE = """
 import os, signal, sys, time
@@ -32,7 +33,7 @@ for number in MEANING:
 signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANING)
 (here / f"pid{rank}.part").write_text(str(os.getpid()))
 (here / f"pid{rank}.part").rename(here / f"pid{rank}")
-def sleep_until(condition, seconds=20):
+def sleep_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
@@ -70,20 +71,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
         )
         launcher = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         started.append(launcher)
-        wait_for(lambda: len(list(tmp_path.glob("pid?"))) == nproc, f"{nproc} ranks stand")
+        wait_for(f"{nproc} ranks to stand", lambda: len(list(tmp_path.glob("pid?"))) == nproc)
         return launcher
 
     yield begin
     for launcher in started:
         launcher.kill()
         launcher.communicate()
-
-
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds:.0f} s, but not: {what}"
-        time.sleep(0.01)
 
 
 def pids(tmp_path: Path) -> list[int]:
@@ -197,7 +191,7 @@ def test_a_signal_before_a_rank_listens_is_kept_for_it(tmp_path: Path) -> None:
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:
     launcher = start("sleep_until(lambda: asked, 60); (here / f'asked{rank}').touch(); time.sleep(60)")
     launcher.send_signal(signal.SIGINT)
-    wait_for(lambda: len(list(tmp_path.glob("asked?"))) == 2, "both ranks have heard the first one")
+    wait_for("both ranks to hear the first one", lambda: len(list(tmp_path.glob("asked?"))) == 2)
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGINT)
     assert launcher.wait(60) == 130
@@ -209,7 +203,7 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path, start: Start) -> Non
     assert all(map(alive, pids(tmp_path)))
     launcher.kill()
     launcher.wait()
-    wait_for(lambda: not any(map(alive, pids(tmp_path))), "no process is left")
+    wait_for("the end of every rank", lambda: not any(map(alive, pids(tmp_path))))
 
 
 def test_what_a_rank_left_running_is_ended(tmp_path: Path) -> None:
@@ -220,7 +214,7 @@ def test_what_a_rank_left_running_is_ended(tmp_path: Path) -> None:
     (here / f"pid{rank + 5}").write_text(str(child))
     """
     assert run(tmp_path, body) == 0
-    wait_for(lambda: not any(map(alive, pids(tmp_path))), "no process is left")
+    wait_for("the end of every rank", lambda: not any(map(alive, pids(tmp_path))))
     assert len(pids(tmp_path)) == 4
 
 

@@ -122,8 +122,8 @@ def test_two_nodes_with_two_tasks_train_as_one_process_does(
     captioned = (
         "data.demo.samples=128",
         "data.demo.val_samples=32",
-        f"data.manifest={tmp_path}/shapes/train/manifest.json",
-        f"data.tokenizer.path={tmp_path}/words.json",
+        f"data.manifest={tmp_path}/data/shapes/train/manifest.json",
+        f"data.tokenizer.path={tmp_path}/data/shapes/words.json",
     )
     asked = {"mae": SHORT, "moco": SHORT, "clip": (*SHORT, *captioned)}
     roots = {
