@@ -26,6 +26,7 @@ from launch.job import HUNG, LAUNCHER, LOST_PEER, MEANING, OUR_FAULT, STOPPED, U
 from launch.logs import rank_log
 
 if TYPE_CHECKING:
+    from pretrain.config import RunSection
     from pretrain.folder import RunFolder
 
 GRACE = 3.0
@@ -51,14 +52,14 @@ def launch(folder: RunFolder, nproc: int, *, apart: bool = False) -> int:
     config = load(folder.config_file, RunConfig)
     left = config.train.health.restarts
     while True:
-        code, again = _once(folder, nproc, config.run.threads, config.run.device)
+        code, again = _once(folder, nproc, config.run)
         if not again or not left:
             return code
         left -= 1
         print(f"starting again from the newest checkpoint; {left} restarts are left", file=sys.stderr)
 
 
-def _once(folder: RunFolder, nproc: int, threads: int, device: str) -> tuple[int, bool]:
+def _once(folder: RunFolder, nproc: int, run: RunSection) -> tuple[int, bool]:
     """One start of all ranks: the exit code, and whether another start may help."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not listed in __all__
 
@@ -67,11 +68,11 @@ def _once(folder: RunFolder, nproc: int, threads: int, device: str) -> tuple[int
         "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(run.threads),
         # Name resolution can take gloo 20 s where DNS doesn't answer; ranks of one machine don't need it.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }  # fmt: skip
-    if device == "cpu":
+    if run.device == "cpu":
         shared["CUDA_VISIBLE_DEVICES"] = ""  # no context, no pinned memory on GPUs that others may be using
     # -P: a folder named `configs` where the user stands must not hide ours.
     command = [sys.executable, "-P", "-m", "launch.job", str(folder.root)]
