@@ -17,7 +17,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Draws
 from data_pipeline.quarantine import Broken
 from data_pipeline.randomness import Purpose
-from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, Reader, SampleError, label_in
+from data_pipeline.read import Reader, SampleError, label_in
 from data_pipeline.transform import WorkerHalf
 from data_pipeline.types import Batch, ViewSpec
 
@@ -105,9 +105,11 @@ class Assembler:
         self.job = job
         self._readers = [Reader(manifest, locator(manifest, job.cache)) for manifest in job.manifests]
         self._half = WorkerHalf(job.views, job.fast)
-        self._wanted: list[tuple[str, ...]] = [IMAGE_FIELDS]
-        if "target" in job.needs:
-            self._wanted.append(LABEL_FIELDS)
+        labels = "target" in job.needs
+        self._wanted = [  # of each source
+            [manifest.pictures, manifest.labels] if labels else [manifest.pictures]
+            for manifest in job.manifests
+        ]
 
     def fill(self, draws: Draws, out: Buffers, first: int = 0) -> list[Broken]:
         """Put `draws` into rows `first`, `first` + 1, ... of `out`; gives the samples that were replaced.
@@ -152,7 +154,7 @@ class Assembler:
     def _sample(self, source: int, shard: int, sample: int, chance: float) -> Sample:
         reader, text = self._readers[source], self.job.text
         also = text.fields(source) if text else ()
-        (name, data), *rest = reader.read(shard, sample, self._wanted, also)
+        (name, data), *rest = reader.read(shard, sample, self._wanted[source], also)
         try:
             pixels = decode(data, self.job.max_pixels)
         except DecodeError as error:
@@ -192,9 +194,15 @@ class Assembler:
                 return candidate, self._sample(source, shard, candidate, chance)
             except SampleError:
                 continue
+        missing = error.reason.startswith("missing")  # a field that they all lack has another name
         raise DataError(
             f"{error.shard}: {_SUBSTITUTES} samples tried in place of {error.key!r} and none can be used "
-            f"({error.reason}); fetch or pack the shard again"
+            f"({error.field}: {error.reason}); "
+            + (
+                "choose the fields with keel data index --picture-field and --label-field"
+                if missing
+                else "fetch or pack the shard again"
+            )
         )
 
     def _bad(self, source: int, shard: int, sample: int, field: str, reason: str) -> SampleError:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from configs.errors import ConfigError, DataError
+from data_pipeline.account import some
 from data_pipeline.cache import check_size
 from data_pipeline.captions import TextJob, places
 from data_pipeline.config import DataConfig
 from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Plan, over_cap
-from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.tokenize import Tokenizer, open_tokenizer
 
 _FIELDS = frozenset({"views", "tokens", "target", "index"})
@@ -64,7 +64,7 @@ class Facts:
             if not leading:
                 raise ConfigError(
                     f"data.captions: found {', '.join(self.config.captions)}, but {manifest.path} has the "
-                    f"fields {', '.join(manifest.fields)}; name one that holds captions, or json.KEY"
+                    f"fields {some(manifest.fields)}; name one that holds captions, or json.KEY"
                 )
         return TextJob(self.tokenizer, found)
 
@@ -93,10 +93,16 @@ class Facts:
         if unknown:
             raise ValueError(f"no such batch field: {', '.join(sorted(unknown))}")
         for manifest in self.manifests:
-            if "target" in needs and not any(field in manifest.fields for field in LABEL_FIELDS):
+            if not any(field in manifest.fields for field in manifest.pictures):
                 raise DataError(
-                    f"{manifest.path}: has no labels (field {LABEL_FIELDS[0]}), which the objective needs; "
-                    f"its fields are {', '.join(manifest.fields)}"
+                    f"{manifest.path}: has no pictures ({some(manifest.pictures)}); its fields are "
+                    f"{some(manifest.fields)}; choose one with keel data index --picture-field"
+                )
+            if "target" in needs and not manifest.labelled:
+                raise DataError(
+                    f"{manifest.path}: has no labels (field {manifest.labels[0]}), which the objective "
+                    f"needs; its fields are {some(manifest.fields)}; choose one with keel data index "
+                    "--label-field"
                 )
         if "tokens" in needs and self.text is None:
             raise ConfigError(

@@ -26,7 +26,6 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.plan import Draws, Plan, over_cap
 from data_pipeline.pool import WorkerPool
 from data_pipeline.quarantine import Broken, Quarantine
-from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.stream import StreamLoader
 from data_pipeline.types import Batch, ViewSpec
 
@@ -206,8 +205,7 @@ def sequential(
     """
     if not isinstance(manifest, Manifest):
         manifest = Manifest.load(manifest)
-    labelled = any(field in manifest.fields for field in LABEL_FIELDS)
-    needs = frozenset({"views", "target"}) if labelled else frozenset({"views"})
+    needs = frozenset({"views", "target"}) if manifest.labelled else frozenset({"views"})
     job = Job((manifest,), (view,), needs, cache=cache)
     total = manifest.samples if limit is None else min(limit, manifest.samples)
     start, stop = total * rank // world_size, total * (rank + 1) // world_size
@@ -227,8 +225,7 @@ def chosen(manifest: str | Path | Manifest, view: ViewSpec, numbers: Sequence[in
     """Some samples of a set, by their number in the manifest's own order, in one batch."""
     if not isinstance(manifest, Manifest):
         manifest = Manifest.load(manifest)
-    labelled = any(field in manifest.fields for field in LABEL_FIELDS)
-    needs = frozenset({"views", "target"}) if labelled else frozenset({"views"})
+    needs = frozenset({"views", "target"}) if manifest.labelled else frozenset({"views"})
     maker = _maker(Job((manifest,), (view,), needs), len(numbers), workers=0, prefetch=1)
     try:
         maker.order(_draws(manifest, np.array(numbers, dtype=np.int64)))

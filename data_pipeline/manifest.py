@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from configs.errors import DataError
+from data_pipeline.fields import IMAGE_FIELDS, LABEL_FIELDS
 from data_pipeline.files import write_whole
 from data_pipeline.hashing import Int64s
 from data_pipeline.index import SUFFIX, Index
+from data_pipeline.members import Split
 from data_pipeline.remote import check_name, is_remote
 
 NAME = "manifest.json"
@@ -56,6 +59,9 @@ class Manifest:
     fields: tuple[str, ...]  # every field that any sample has, sorted
     classes: tuple[str, ...] = ()  # name of each label, empty for unlabelled data
     about: Mapping[str, Any] = field(default_factory=dict)  # how it was made; not part of the hash
+    picture_fields: tuple[str, ...] = ()  # that were chosen; empty for the usual ones
+    label_fields: tuple[str, ...] = ()
+    split: Split = "first"  # how names in its tars became keys and fields
 
     @classmethod
     def load(cls, path: str | Path) -> Manifest:
@@ -89,6 +95,9 @@ class Manifest:
                 fields=_strings(content["fields"]),
                 classes=_strings(content["classes"]),
                 about=dict(content.get("about", {})),
+                picture_fields=_strings(content.get("picture_fields", [])),
+                label_fields=_strings(content.get("label_fields", [])),
+                split=_split(content.get("split", "first")),
             )
             recorded = content["hash"]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -109,7 +118,31 @@ class Manifest:
         empty = next((shard.name for shard in self.shards if shard.samples == 0), None)
         if empty is not None:
             raise DataError(f"{file}: empty shard {empty}; leave it out and make the manifest anew")
+        seen: set[str] = set()
+        for shard in self.shards:
+            place = shard.name if shard.remote else os.path.normpath(self.directory / shard.name)
+            if place in seen:
+                raise DataError(
+                    f"{file}: names shard {shard.name} twice; make it anew with keel data index, naming "
+                    "every shard once"
+                )
+            seen.add(place)
         return self
+
+    @property
+    def pictures(self) -> tuple[str, ...]:
+        """The fields that a sample's picture may be in."""
+        return self.picture_fields or IMAGE_FIELDS
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The fields that a sample's class number may be in."""
+        return self.label_fields or LABEL_FIELDS
+
+    @property
+    def labelled(self) -> bool:
+        """Whether any sample has a label."""
+        return any(name in self.fields for name in self.labels)
 
     @cached_property
     def samples(self) -> int:
@@ -126,12 +159,25 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over the shards' content in order and the class names: no path, no date."""
+        """SHA-256 over the shards' content in order, classes and chosen fields: no path, no date."""
         digest = hashlib.sha256(b"keel manifest 1\n")
         for shard in self.shards:
             digest.update(f"{shard.sha256} {shard.samples}\n".encode())
         digest.update(json.dumps(self.classes).encode())
+        if self._chosen:
+            digest.update(json.dumps(self._chosen, sort_keys=True).encode())
         return digest.hexdigest()
+
+    @property
+    def _chosen(self) -> dict[str, Any]:
+        """What was chosen and isn't the usual."""
+        chosen: dict[str, Any] = {
+            "picture_fields": list(self.picture_fields),
+            "label_fields": list(self.label_fields),
+        }
+        if self.split != "first":
+            chosen["split"] = self.split
+        return {name: value for name, value in chosen.items() if value}
 
     @property
     def path(self) -> Path:
@@ -169,10 +215,13 @@ class Manifest:
             "bytes": self.bytes,
             "fields": self.fields,
             "classes": self.classes,
+            **self._chosen,
             "about": dict(self.about),
             "shards": [shard.as_dict() for shard in self.shards],
         }
-        write_whole(self.path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        # What isn't UTF-8 in a path or field is half a surrogate pair here, which JSON can spell as \udcXX
+        write_whole(self.path, text.encode("utf-8", "backslashreplace"))
 
 
 def index_name(sha256: str) -> str:
@@ -210,6 +259,13 @@ def _strings(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError("a list of names was expected")
     return tuple(values)
+
+
+def _split(value: Any) -> Split:
+    if value not in get_args(Split):
+        raise ValueError(f"split {value!r}")
+    found: Split = value
+    return found
 
 
 def relative_name(shard: Path, directory: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,9 @@ Progress = Callable[[int, int], None]
 """Called with things done and things in all."""
 
 
-def mapped(function: Callable[[Item], Result], items: Sequence[Item], processes: int) -> Iterator[Result]:
+def mapped(
+    function: Callable[[Item], Result], items: Sequence[Item], processes: int
+) -> Generator[Result, None, None]:
     """`map`, in `processes` fresh processes where that is more than one. The first error ends it."""
     if processes <= 1 or len(items) <= 1:
         yield from map(function, items)

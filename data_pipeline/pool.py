@@ -3,6 +3,11 @@
 A batch is cut into chunks of rows that all workers fill at once, in memory shared with them (an anonymous
 file, so /dev/shm's size doesn't matter). Which worker fills which row has no influence on what stands there;
 a worker that dies is replaced and its chunks are made again.
+
+Nothing here waits for a worker but `next`. A worker may sleep until its answer is read, so this side must
+never sleep until a task is read: both would, for ever. Hence what is to be read lies in the shared memory, a
+task is a few bytes that say where, and a worker has no more of them than its socket holds for certain; the
+others follow as answers come.
 """
 
 from __future__ import annotations
@@ -25,15 +30,17 @@ import torch
 from torch import Tensor
 
 from configs.errors import DataError, UserError
-from data_pipeline.assemble import Buffers, Job
+from data_pipeline.assemble import Job
 from data_pipeline.plan import Draws
 from data_pipeline.quarantine import Broken
 from data_pipeline.types import Batch
-from data_pipeline.worker import FORK, PID, STATUS, TASK, Done, Failed, Hello, Setup
+from data_pipeline.worker import FORK, PID, STATUS, TASK, Done, Failed, Hello, Setup, draws_in
 
 log = logging.getLogger(__name__)
 
-_LEAST_CHUNK, _MOST_CHUNK = 8, 32  # rows in a task
+_LEAST_CHUNK, _USUAL_CHUNK = 8, 32  # rows in a task
+_UNANSWERED = 64  # tasks a worker may have: enough to be busy while nobody looks, few enough for its socket
+_SOCKET_BYTES = 1 << 17  # the kernel counts less than 1 KiB for a task
 _PATIENCE = 60.0  # seconds without data before a word about it
 _DEATHS = 3  # of workers over one chunk before the run stops
 _PROGRAM = "from data_pipeline.worker import main; main()"
@@ -45,11 +52,8 @@ class _Task:
     batch: int
     slot: int
     first: int
-    draws: Draws
+    rows: int
     deaths: int = 0
-
-    def message(self) -> bytes:
-        return TASK.pack(self.batch, self.slot, self.first) + self.draws.rows().tobytes()
 
 
 @dataclass
@@ -63,7 +67,7 @@ class _Pending:
 @dataclass
 class _Worker:
     connection: Connection
-    tasks: deque[_Task] = field(default_factory=deque)  # sent, answered in order
+    tasks: deque[_Task] = field(default_factory=deque)  # sent, answered in order; up to _UNANSWERED
     pid: int = 0
 
 
@@ -72,16 +76,18 @@ class WorkerPool:
 
     def __init__(self, job: Job, rows: int, *, workers: int, prefetch: int, pin: bool = False):
         self._job, self._rows, self._pin = job, rows, pin
-        size = -(-Buffers.size(job, rows) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._setup = Setup(job, rows, size)
-        self._chunk = max(_LEAST_CHUNK, min(_MOST_CHUNK, -(-rows // workers)))
+        self._setup = Setup.of(job, rows)
+        size = self._setup.slot_bytes
+        # So large that workers can make everything ahead without being spoken to.
+        everything = -(-rows * prefetch // (_UNANSWERED * workers))
+        self._chunk = max(_LEAST_CHUNK, min(_USUAL_CHUNK, -(-rows // workers)), everything)
         self._memory_file = os.memfd_create("keel-batches", os.MFD_CLOEXEC)
         os.truncate(self._memory_file, size * prefetch)
         self._memory: Tensor = torch.frombuffer(mmap.mmap(self._memory_file, 0), dtype=torch.uint8)
         self._free = deque(range(prefetch))
         self._pending: OrderedDict[int, _Pending] = OrderedDict()
         self._ordered = 0  # batches so far
-        self._turn = 0  # of the next worker
+        self._unsent: deque[_Task] = deque()
         self._error: BaseException | None = None
         self.broken: list[Broken] = []  # in the batch given last
         self.restarts = 0
@@ -101,17 +107,14 @@ class WorkerPool:
         return bool(self._free)
 
     def order(self, draws: Draws) -> None:
-        """Have a batch made; batches come back from `next` in this order."""
+        """Have a batch made; batches come back from `next` in this order. Never waits."""
         number, slot = self._ordered, self._free.popleft()
         self._ordered += 1
-        rows = draws.rows()
+        draws_in(self._slot(slot), self._rows)[: len(draws)] = draws.rows()
         starts = range(0, len(draws), self._chunk)
         self._pending[number] = _Pending(slot, len(draws), len(starts))
-        for first in starts:
-            part = Draws.from_rows(rows[first : first + self._chunk])
-            worker = self._workers[self._turn % len(self._workers)]
-            self._turn += 1
-            self._send(worker, _Task(number, slot, first, part))
+        self._unsent += [_Task(number, slot, at, min(self._chunk, len(draws) - at)) for at in starts]
+        self._feed()
 
     def next(self) -> Batch:
         """The oldest batch ordered, once it is whole. Raises what a worker raised for it."""
@@ -123,9 +126,7 @@ class WorkerPool:
         if self._error is not None:
             raise self._error
         del self._pending[number]
-        start = pending.slot * self._setup.slot_bytes
-        slot = self._memory[start : start + Buffers.size(self._job, self._rows)]
-        whole = Buffers(self._job, self._rows, slot)
+        whole = self._setup.buffers(self._slot(pending.slot))
         batch = whole.copied(pending.rows, self._pin)
         self.broken = pending.broken
         self._free.append(pending.slot)
@@ -145,27 +146,32 @@ class WorkerPool:
         if getattr(self, "_memory_file", -1) >= 0 and hasattr(self, "_workers"):
             self.close()
 
+    def _slot(self, number: int) -> Tensor:
+        return self._memory[number * self._setup.slot_bytes : (number + 1) * self._setup.slot_bytes]
+
     def _start(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        """The process that forks workers; see `worker`."""
+        """The process that forks workers; see `worker`. Doesn't wait for it."""
         ours, theirs = socket.socketpair()
         root = str(Path(__file__).parents[1])
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, **dict.fromkeys(_THREADS, "1"), "PYTHONPATH": path}
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", _PROGRAM, str(theirs.fileno()), str(self._memory_file)],
-            stdin=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(), self._memory_file),
-            env=environment,
-        )
-        theirs.close()
-        connection = Connection(os.dup(ours.fileno()))
-        connection.send_bytes(pickle.dumps(self._setup))
-        connection.close()
+        # The setup of many shards is larger than a socket: through a file nobody waits for the other.
+        with theirs, os.fdopen(os.memfd_create("keel-setup"), "wb") as setup:
+            pickle.dump(self._setup, setup)
+            setup.flush()
+            handles = (theirs.fileno(), self._memory_file, setup.fileno())
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-c", _PROGRAM, *map(str, handles)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=handles,
+                env=environment,
+            )
         return process, ours
 
     def _forked(self) -> Connection:
         """A new worker's connection. Doesn't wait for the worker."""
         ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BYTES)
         with theirs:
             try:
                 socket.send_fds(self._control, [FORK], [theirs.fileno()])
@@ -182,10 +188,18 @@ class WorkerPool:
             self._nursery.kill()
             self._nursery.wait()
 
+    def _feed(self) -> None:
+        """Send tasks to those who have fewest, as long as somebody may have more."""
+        while self._unsent:
+            worker = min(self._workers, key=lambda one: len(one.tasks))
+            if len(worker.tasks) >= _UNANSWERED:
+                return
+            self._send(worker, self._unsent.popleft())
+
     def _send(self, worker: _Worker, task: _Task) -> None:
         worker.tasks.append(task)
         try:
-            worker.connection.send_bytes(task.message())
+            worker.connection.send_bytes(TASK.pack(task.batch, task.slot, task.first, task.rows))
         except (BrokenPipeError, ConnectionResetError):
             self._replace(worker)
 
@@ -201,6 +215,7 @@ class WorkerPool:
                 self._replace(worker)
                 continue
             self._take(worker, reply)
+        self._feed()
         return bool(ready)
 
     def _take(self, worker: _Worker, reply: Hello | Done | Failed) -> None:
@@ -266,6 +281,8 @@ class WorkerPool:
 
     def _where(self, task: _Task) -> str:
         """The shards of a chunk, by name."""
-        places = sorted(set(zip(task.draws.source.tolist(), task.draws.shard.tolist(), strict=True)))
+        rows = draws_in(self._slot(task.slot), self._rows)[task.first : task.first + task.rows]
+        draws = Draws.from_rows(rows)
+        places = sorted(set(zip(draws.source.tolist(), draws.shard.tolist(), strict=True)))
         names = [self._job.manifests[source].shards[shard].name for source, shard in places]
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

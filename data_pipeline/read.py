@@ -11,23 +11,29 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from pathlib import Path
 
 from xxhash import xxh3_64_intdigest
 
 from configs.errors import DataError
-from data_pipeline.index import Index, Row, split_name
+from data_pipeline import fields
+from data_pipeline.account import some
+from data_pipeline.index import Index, Row
 from data_pipeline.manifest import Manifest
+from data_pipeline.members import MOST_SPARSE, sparse_payload, split_name
 
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "ppm")
-LABEL_FIELDS = ("cls",)
-CAPTION_FIELDS = ("txt", "json")
+IMAGE_FIELDS = fields.IMAGE_FIELDS
+LABEL_FIELDS = fields.LABEL_FIELDS
+CAPTION_FIELDS = fields.CAPTION_FIELDS
 
 _SMALL = 16 * 1024  # bytes of a sample that is read at once
 _OPEN_BYTES = 96 << 20  # of indexes kept in memory
 _OPEN_FILES = 200
 _RELOCATIONS = 5
-_HUGE = 256 << 20  # bytes in one field beyond which it isn't read
+_HUGE = MOST_SPARSE  # bytes in one field beyond which it isn't read
+_APART = 4 << 20  # bytes between a sample's members that aren't worth reading ahead
+_WITNESSES = 5  # other samples that tell a damaged payload from a changed shard
 
 
 def label_in(payload: bytes) -> int:
@@ -49,8 +55,10 @@ class SampleError(DataError):
     """One sample can't be used; the rest of its shard can."""
 
     def __init__(self, shard: str, key: str, field: str, reason: str):
+        choose = "choose another by keel data index --picture-field or --label-field, "
         super().__init__(
-            f"{shard}: sample {key!r}: field {field}: {reason}; mend it and pack the shard again, "
+            f"{shard}: sample {key!r}: field {field}: {reason}; "
+            f"{choose if reason.startswith('missing') else ''}mend it and pack the shard again, "
             "or have such samples replaced (data.max_broken)"
         )
         self.shard, self.key, self.field, self.reason = shard, key, field, reason
@@ -68,7 +76,7 @@ class _Open:
 
     @property
     def bytes(self) -> int:
-        return 24 * self.index.offsets.size + len(self.index.key_text)
+        return self.index.nbytes
 
     def columns(self, names: Sequence[str]) -> list[int]:
         """Where the fields `names` stand in the index, as far as the shard has them."""
@@ -102,9 +110,9 @@ class Reader:
         opened = self._opened(shard)
         row = opened.index.row(sample)
         columns = [self._column(shard, opened, sample, row, names) for names in wanted]
-        for column in opened.columns(also):
-            if row.offsets[column] >= 0:
-                columns.append(self._column(shard, opened, sample, row, (opened.index.fields[column],)))
+        for number in opened.columns(also):
+            if number in row.fields:
+                columns.append(self._column(shard, opened, sample, row, (opened.index.fields[number],)))
         return self._payloads(shard, opened, sample, row, columns)
 
     def key(self, shard: int, sample: int) -> str:
@@ -113,9 +121,15 @@ class Reader:
     def will_read(self, shard: int, sample: int) -> None:
         """Ask the system to fetch a sample's pages now."""
         opened = self._opened(shard)
-        offsets, sizes, _ = opened.index.row(sample)
-        start = max(0, min(offsets))
-        os.posix_fadvise(opened.descriptor, start, max(offsets) - start + max(sizes), os.POSIX_FADV_WILLNEED)
+        row = opened.index.row(sample)
+        if not row.offsets:
+            return
+        start, end = min(row.offsets), max(map(add, row.offsets, row.sizes))
+        if end - start <= _APART + sum(row.sizes):
+            os.posix_fadvise(opened.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+            return
+        for at, size in zip(row.offsets, row.sizes, strict=True):  # a link may lead far away
+            os.posix_fadvise(opened.descriptor, at, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
         for opened in self._open.values():
@@ -124,14 +138,16 @@ class Reader:
         self._bytes = 0
 
     def _column(self, shard: int, opened: _Open, sample: int, row: Row, names: Sequence[str]) -> int:
-        fields = opened.index.fields
-        for column in opened.columns(names):
-            if row.offsets[column] >= 0:
+        """Where in `row` the first of the fields `names` stands that the sample has."""
+        for number in opened.columns(names):
+            if number in row.fields:
+                column = row.fields.index(number)
                 if row.sizes[column] > _HUGE:
-                    raise self._error(shard, sample, fields[column], f"larger than {_HUGE >> 20} MiB")
+                    name = opened.index.fields[number]
+                    raise self._error(shard, sample, name, f"larger than {_HUGE >> 20} MiB")
                 return column
-        has = [field for field, at in zip(fields, row.offsets, strict=True) if at >= 0]
-        raise self._error(shard, sample, "/".join(names), f"missing; the sample has {', '.join(has)}")
+        has = some(opened.index.fields_of(sample)) or "none"
+        raise self._error(shard, sample, some(names), f"missing; the sample has {has}")
 
     def _payloads(
         self, shard: int, opened: _Open, sample: int, row: Row, columns: Sequence[int]
@@ -139,19 +155,33 @@ class Reader:
         """Names and bytes. Small samples by one read; of large ones a copy costs more than a call."""
         if not columns:
             return []
-        offsets, sizes, checksums = row
+        first, numbers, offsets, sizes, checksums = row
         start = min([offsets[column] for column in columns])
         end = max([offsets[column] + sizes[column] for column in columns])
         together = len(columns) > 1 and end - start <= _SMALL
         whole = self._pread(shard, opened, start, end - start) if together else b""
-        found, fields = [], opened.index.fields
+        found, names, sparse = [], opened.index.fields, opened.index.extents
         for column in columns:
             at, size = offsets[column], sizes[column]
-            data = whole[at - start : at - start + size] if together else self._pread(shard, opened, at, size)
+            if sparse and first + column in sparse:
+                data = self._sparse(shard, opened, first + column, size)
+            elif together:
+                data = whole[at - start : at - start + size]
+            else:
+                data = self._pread(shard, opened, at, size)
             if xxh3_64_intdigest(data) != checksums[column]:
-                raise self._mismatch(shard, opened, sample, column)
-            found.append((fields[column], data))
+                raise self._mismatch(shard, opened, sample, row, column)
+            found.append((names[numbers[column]], data))
         return found
+
+    def _sparse(self, shard: int, opened: _Open, member: int, size: int) -> bytes:
+        try:
+            return sparse_payload(opened.descriptor, size, opened.index.extents[member])
+        except ValueError:
+            raise self._shrunk(opened) from None
+        except OSError as error:
+            self._drop(shard)
+            raise ShardError(_unreadable(opened.path, error)) from error
 
     def _pread(self, shard: int, opened: _Open, start: int, size: int) -> bytes:
         try:
@@ -159,35 +189,61 @@ class Reader:
             while len(data) < size:  # a read may be short on some file systems
                 more = os.pread(opened.descriptor, size - len(data), start + len(data))
                 if not more:
-                    raise ShardError(
-                        f"{opened.path}: truncated shard: {os.fstat(opened.descriptor).st_size} bytes, the "
-                        f"manifest says {opened.index.shard_bytes}; fetch or pack it again"
-                    )
+                    raise self._shrunk(opened)
                 data += more
         except OSError as error:
             self._drop(shard)
             raise ShardError(_unreadable(opened.path, error)) from error
         return data
 
-    def _mismatch(self, shard: int, opened: _Open, sample: int, column: int) -> DataError:
-        """One damaged payload, or another shard in this one's place? The tar header before it tells."""
-        index = opened.index
-        header = self._pread(
-            shard, opened, int(index.offsets[sample, column]) - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE
+    def _shrunk(self, opened: _Open) -> ShardError:
+        return ShardError(
+            f"{opened.path}: truncated shard: {os.fstat(opened.descriptor).st_size} bytes, the "
+            f"manifest says {opened.index.shard_bytes}; fetch or pack it again"
         )
-        try:
-            found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-            same = split_name(found.name) == (index.key(sample), index.fields[column])
-            same = same and found.size == index.sizes[sample, column]
-        except tarfile.TarError:
-            same = True
-        # A name of over 100 bytes is in an extended header: then only the end of it can be compared.
-        if not same and len(index.key(sample)) < 95:
+
+    def _mismatch(self, shard: int, opened: _Open, sample: int, row: Row, column: int) -> DataError:
+        """One damaged payload, or another shard in this one's place?
+
+        The tar header before the payload tells where it has the member's whole name; what it has of a long
+        one, of a link's or of a sparse member's depends on the tar's writer. Then other samples tell.
+        """
+        name = opened.index.fields[row.fields[column]]
+        if not self._named(shard, opened, sample, name, row, column) and self._all_differ(opened, sample):
             return ShardError(
                 f"{opened.path}: changed shard: it isn't the one the manifest describes; "
                 "make the manifest anew with keel data index, or put the old shard back"
             )
-        return self._error(shard, sample, index.fields[column], "payload differs from its checksum: damaged")
+        return self._error(shard, sample, name, "payload differs from its checksum: damaged")
+
+    def _named(self, shard: int, opened: _Open, sample: int, name: str, row: Row, column: int) -> bool:
+        """Whether the header before a payload has its sample's key, its field and its size."""
+        at = row.offsets[column] - tarfile.BLOCKSIZE
+        if at < 0:
+            return False
+        header = self._pread(shard, opened, at, tarfile.BLOCKSIZE)
+        try:
+            found = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+        except (tarfile.TarError, ValueError):
+            return False
+        split = split_name(found.name, self.manifest.split)
+        return split == (opened.index.key(sample), name) and found.size == row.sizes[column]
+
+    def _all_differ(self, opened: _Open, sample: int) -> bool:
+        """Whether the largest payloads of other samples, over the whole shard, aren't as indexed either."""
+        compared, others = False, [n for n in range(len(opened.index)) if n != sample]
+        for other in others[:: max(1, len(others) // _WITNESSES)]:
+            row = opened.index.row(other)
+            if not row.sizes:
+                continue
+            column = row.sizes.index(max(row.sizes))
+            if row.sizes[column] > _HUGE or row.first + column in opened.index.extents:
+                continue
+            data = os.pread(opened.descriptor, row.sizes[column], row.offsets[column])
+            if xxh3_64_intdigest(data) == row.checksums[column]:
+                return False
+            compared = True
+        return compared
 
     def _error(self, shard: int, sample: int, field: str, reason: str) -> SampleError:
         return SampleError(self.manifest.shards[shard].name, self.key(shard, sample), field, reason)

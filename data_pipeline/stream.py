@@ -28,7 +28,7 @@ from data_pipeline import hashing
 from data_pipeline.assemble import Buffers, Job, Sample
 from data_pipeline.captions import drawn, places, texts
 from data_pipeline.decode import DecodeError, decode
-from data_pipeline.indexing import expanded
+from data_pipeline.patterns import expanded
 from data_pipeline.quarantine import Broken, Quarantine
 from data_pipeline.randomness import Purpose, sample_seed
 from data_pipeline.read import IMAGE_FIELDS, LABEL_FIELDS, SampleError, label_in

@@ -35,7 +35,10 @@ def _samples(manifest: Manifest, chosen: Sequence[int]) -> Iterator[tuple[str, M
         for number, index in enumerate(chosen):
             shard = int(np.searchsorted(ends, index, side="right"))
             sample = int(index - (ends[shard] - manifest.sizes[shard]))
-            fields = reader.read(shard, sample, [IMAGE_FIELDS, LABEL_FIELDS])
-            yield f"{number:08d}", dict(fields)
+            (name, picture), (_, label) = reader.read(shard, sample, [manifest.pictures, manifest.labels])
+            # under the usual names: the subset's manifest chooses no others
+            ending = name.rpartition(".")[2]
+            ending = ending if ending in IMAGE_FIELDS else IMAGE_FIELDS[0]
+            yield f"{number:08d}", {ending: picture, LABEL_FIELDS[0]: label}
     finally:
         reader.close()

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 import tokenizers
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import decoders as token_decoders
 
@@ -48,8 +48,15 @@ class TokenizerConfig(Config):
     start: str | None = START  # put before each text; null for none
     end: str = END  # put behind it; must have the highest id
     # What is done to a caption first. clip: encodings mended, HTML entities resolved, runs of blanks made
-    # one, as CLIP and every tokenizer that open_clip opens; needs the extra open-clip. openai always is.
-    cleaning: Literal["strip", "clip"] = "strip"
+    # one, as CLIP and every tokenizer that open_clip opens; needs the extra open-clip. strip: blanks at both
+    # ends. None: clip for openai, strip for a file.
+    cleaning: Literal["strip", "clip"] | None = None
+
+    @model_validator(mode="after")
+    def _openai_is_cleaned(self) -> TokenizerConfig:
+        if self.path == "openai" and self.cleaning == "strip":
+            raise ValueError("cleaning: openai's captions are always cleaned as CLIP's; leave it out")
+        return self
 
     def placed(self) -> TokenizerConfig:
         """The same with an absolute path."""
@@ -85,8 +92,8 @@ class Tokenizer:
     @cached_property
     def hash(self) -> str:
         """SHA-256 of the tokenizer's content, and of how it cleans where that isn't the plain way."""
-        cleaning = b"" if self.config.cleaning == "strip" else b"\0" + self.config.cleaning.encode()
-        return hashlib.sha256(self._content + cleaning).hexdigest()
+        cleaned = self.config.path != "openai" and self.config.cleaning == "clip"
+        return hashlib.sha256(self._content + (b"\0clip" if cleaned else b"")).hexdigest()
 
     def encode(self, text: str) -> Int64s:
         """(context,) int64. Overlong text is cut, its end kept; special tokens in a text are mere text."""
@@ -155,6 +162,12 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     except FileNotFoundError:
         raise ConfigError(
             f"data.tokenizer.path: {config.path}: no such file; make one with keel data tokenizer"
+        ) from None
+    except IsADirectoryError:
+        inside = config.path / "tokenizer.json"
+        raise ConfigError(
+            f"data.tokenizer.path: {config.path}: is a folder; "
+            + (f"name the file in it: {inside}" if inside.is_file() else "there is no tokenizer.json in it")
         ) from None
     except OSError as error:
         raise ConfigError(f"data.tokenizer.path: {config.path}: can't be read: {error.strerror}") from None

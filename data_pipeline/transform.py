@@ -1,7 +1,7 @@
 """The worker half of a view: crop, antialiased resize and flip, from decoded pixels to uint8.
 
-Every choice is drawn from the sample's own seed. The resize is Pillow's within 2 grey levels a pixel (it
-rounds its filter weights differently; of nine million values of photographs one was 3 off), which the tests
+Every choice is drawn from the sample's own seed. The resize is Pillow's within 2 grey levels a pixel but for
+single ones (it rounds its filter weights differently: one value in nine million was 3 off), which the tests
 check on pictures like photographs.
 """
 
@@ -27,6 +27,8 @@ from data_pipeline.types import CenterCrop, Interpolation, RandomResizedCrop, Vi
 __all__ = ["Box", "WorkerHalf", "center_view", "device_half", "random_box", "resized"]
 
 _ATTEMPTS = 10  # at a crop that fits, as torchvision has it
+_LONGEST = 32  # times the view's pixels: what a picture is resized to whole before its centre is cut out
+_BESIDE = 4  # columns or rows kept on each side of what is seen: more than a filter reaches at such scales
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,27 @@ def center_view(pixels: Pixels, view: ViewSpec, fraction: float) -> Tensor:
     else:
         ratio = min(height / cover_h, width / cover_w)
         whole = (round(height / ratio), round(width / ratio))
+    if whole[0] * whole[1] > _LONGEST * target_h * target_w:
+        pixels, whole = _middle(pixels, whole, view.size)
     image = resized(pixels, whole, view.interpolation)
     top, left = round((whole[0] - target_h) / 2), round((whole[1] - target_w) / 2)
     return image[:, :, top : top + target_h, left : left + target_w]
+
+
+def _middle(pixels: Pixels, whole: tuple[int, int], view: tuple[int, int]) -> tuple[Pixels, tuple[int, int]]:
+    """What the view will see of a picture much longer than wide, and the size to resize it to.
+
+    A rule of 30,000 x 1 pixels would be 7,680,000 wide before its centre were cut out. The part keeps the
+    picture's centre and scale; its size is rounded to whole pixels, the only difference.
+    """
+    kept, sizes = [], []
+    for length, resized_to, seen in zip(pixels.shape[:2], whole, view, strict=True):
+        scale = length / resized_to
+        reach = math.ceil(seen * scale / 2) + math.ceil(_BESIDE * max(1.0, scale))
+        skipped = max(0, length // 2 - reach)
+        kept.append(slice(skipped, length - skipped))
+        sizes.append(max(seen, round((length - 2 * skipped) / scale)))
+    return pixels[kept[0], kept[1]], (sizes[0], sizes[1])
 
 
 def resize_fast(pixels: Pixels, flip: bool, out: Tensor) -> None:

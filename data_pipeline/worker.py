@@ -23,29 +23,40 @@ import traceback
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, fault_of_place
 from data_pipeline.assemble import Assembler, Buffers, Job
+from data_pipeline.hashing import Int64s
 from data_pipeline.plan import Draws
 from data_pipeline.quarantine import Broken
 
 FORK, STATUS = b"F", b"S"
-TASK = struct.Struct("<qqq")  # batch, slot, first row; then the rows of `Draws.rows` as int64
+TASK = struct.Struct("<qqqq")  # batch, slot, first row, number of rows
 PID = struct.Struct("<q")
+_DRAWS_BYTES = 6 * 8  # of a row of `Draws.rows`
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What the forking process is told first."""
+    """What the forking process is told first. A slot of memory holds what a batch draws, then the batch."""
 
     job: Job
     rows: int  # of a batch
     slot_bytes: int
+
+    @classmethod
+    def of(cls, job: Job, rows: int) -> Setup:
+        needed = rows * _DRAWS_BYTES + Buffers.size(job, rows)
+        return cls(job, rows, -(-needed // mmap.PAGESIZE) * mmap.PAGESIZE)
+
+    def buffers(self, slot: Tensor) -> Buffers:
+        """The batch in a slot, (slot_bytes,) uint8."""
+        first = self.rows * _DRAWS_BYTES
+        return Buffers(self.job, self.rows, slot[first : first + Buffers.size(self.job, self.rows)])
 
 
 @dataclass(frozen=True)
@@ -72,16 +83,22 @@ class Failed:
     trace: str
 
 
+def draws_in(slot: Tensor, rows: int) -> Int64s:
+    """(rows, 6) int64 as `Draws.rows`: what a slot's batch draws, in the slot's own memory."""
+    found: Int64s = slot[: rows * _DRAWS_BYTES].view(torch.int64).view(rows, -1).numpy()
+    return found
+
+
 def main() -> None:
     """Fork workers on request until the rank closes the socket; then end them all.
 
-    Arguments: the numbers of the open socket and of the memory file.
+    Arguments: the numbers of the open socket, of the memory file and of the file with the pickled `Setup`.
     """
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     control, memory = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-    setup = _received(control)
+    setup = _setup(int(sys.argv[3]))
     shared = torch.frombuffer(mmap.mmap(memory, 0), dtype=torch.uint8)
     gc.collect()
     gc.freeze()
@@ -109,12 +126,10 @@ def main() -> None:
             os._exit(0)
 
 
-def _received(control: socket.socket) -> Setup:
-    connection = Connection(os.dup(control.fileno()))
-    try:
-        setup = pickle.loads(connection.recv_bytes())
-    except EOFError:
-        os._exit(0)
+def _setup(handle: int) -> Setup:
+    with os.fdopen(handle, "rb") as file:
+        file.seek(0)
+        setup = pickle.load(file)
     assert isinstance(setup, Setup)
     return setup
 
@@ -151,20 +166,18 @@ def _die_with_parent(parent: int) -> None:
 
 def _serve(setup: Setup, shared: Tensor, connection: Connection) -> None:
     assembler = Assembler(setup.job)
-    slots = [
-        Buffers(setup.job, setup.rows, shared[start : start + Buffers.size(setup.job, setup.rows)])
-        for start in range(0, len(shared), setup.slot_bytes)
-    ]
+    slots = shared.split(setup.slot_bytes)
+    draws, buffers = [draws_in(slot, setup.rows) for slot in slots], [setup.buffers(slot) for slot in slots]
     connection.send_bytes(pickle.dumps(Hello(os.getpid())))
     while True:
-        task = connection.recv_bytes()
-        batch, slot, first = TASK.unpack_from(task)
-        draws = Draws.from_rows(np.frombuffer(task, np.int64, offset=TASK.size).reshape(-1, 6))
+        batch, slot, first, rows = TASK.unpack(connection.recv_bytes())
+        part = Draws.from_rows(draws[slot][first : first + rows])
         reply: Done | Failed
         try:
-            reply = Done(batch, assembler.fill(draws, slots[slot], first))
+            reply = Done(batch, assembler.fill(part, buffers[slot], first))
         except UserError as error:
             reply = Failed(batch, error, "")
-        except Exception:
-            reply = Failed(batch, None, traceback.format_exc())
+        except Exception as error:
+            known = fault_of_place(error) if isinstance(error, OSError) else None
+            reply = Failed(batch, known, traceback.format_exc())
         connection.send_bytes(pickle.dumps(reply))

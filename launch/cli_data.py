@@ -52,22 +52,56 @@ def pack(
     processes: Annotated[int, typer.Option(min=1)] = 2,
     keep_order: Annotated[bool, typer.Option("--keep-order", help="don't mix the pictures")] = False,
     seed: Annotated[int, typer.Option(help="of the mixing")] = 0,
+    path_column: Annotated[str | None, typer.Option(help="of a table: where its paths are")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="of a table: where its captions are")] = None,
+    label_column: Annotated[str | None, typer.Option(help="of a table: where its labels are")] = None,
+    classes: Annotated[Path | None, typer.Option(help="text file, a class name a line: their order")] = None,
+    labels_as_names: Annotated[
+        bool, typer.Option("--labels-as-names", help="of a table: number the labels anew, numbers too")
+    ] = False,
+    class_folders: Annotated[
+        bool | None,
+        typer.Option(
+            "--class-folders/--no-class-folders",
+            help="sub-folders are classes, or aren't [default: are, unless a downloader made them]",
+        ),
+    ] = None,
+    sidecars: Annotated[
+        bool, typer.Option(help="take .txt, .caption and .json files beside pictures, and a metadata table")
+    ] = True,
     no_check: Annotated[bool, typer.Option("--no-check", help="don't decode every picture first")] = False,
+    max_pixels: Annotated[
+        int | None, typer.Option(min=1, help="of a picture that is decoded [default: 100 million]")
+    ] = None,
+    skip_broken: Annotated[
+        int, typer.Option(min=0, metavar="N", help="leave out up to N pictures that can't be packed")
+    ] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="it is an error to leave anything out")] = False,
 ) -> None:
     """Pack images into shards and a manifest; an interrupted packing goes on where it stopped."""
     from data_pipeline import pack as packing
+    from data_pipeline.classes import read_classes
+    from data_pipeline.decode import MAX_PIXELS
+    from data_pipeline.entries import SourceOptions
     from launch.progress import progress_bar
 
+    columns, names = (path_column, caption_column, label_column), read_classes(classes) if classes else ()
     with progress_bar("pack") as progress:
         manifest = packing.pack(
             source,
             out,
+            reading=SourceOptions(*columns, names, labels_as_names, class_folders, sidecars),
             per_shard=per_shard,
             processes=processes,
             shuffle_seed=None if keep_order else seed,
             check=not no_check,
+            max_pixels=max_pixels or MAX_PIXELS,
+            skip_broken=skip_broken,
+            strict=strict,
             progress=progress,
         )
+    for line in packing.account(manifest):
+        typer.echo(f"note: {line}", err=True)
     typer.echo(_line(manifest))
 
 
@@ -80,48 +114,84 @@ def view(
     position: Annotated[int, typer.Option(min=0, help="samples consumed before the first one")] = 0,
 ) -> None:
     """Draw a contact sheet: raw pictures above what training makes of them, with key, class and caption."""
-    from configs.loading import load
-    from data_pipeline.config import DataConfig
+    from configs.loading import from_values, load
     from data_pipeline.types import RandomResizedCrop, ViewSpec
-    from data_pipeline.view import contact_sheet
+    from data_pipeline.view import SheetConfig, contact_sheet
     from pretrain.config import RunConfig
 
+    config: SheetConfig | RunConfig
     if Path(source).is_dir() or source.endswith(".json"):
-        data, seed, views = DataConfig(manifest=Path(source)), 0, [ViewSpec((224, 224), RandomResizedCrop())]
+        config = from_values({"data": {"manifest": source}}, SheetConfig, overrides or (), source)
     else:
         config = load(source, RunConfig, overrides or ())
-        size = config.data.image_size
-        shape = (size, size) if isinstance(size, int) else size
-        data, seed, views = config.data, config.run.seed, list(config.views(shape))
+    size = config.data.image_size
+    shape = (size, size) if isinstance(size, int) else size
+    data, seed = config.data, config.run.seed
+    views = [ViewSpec(shape, RandomResizedCrop())]
+    if isinstance(config, RunConfig):
+        views = list(config.views(shape))
     contact_sheet(data, views, out, seed=seed, position=position, count=count)
     typer.echo(f"{out}: {count} samples from position {position}")
 
 
 @app.command()
 def index(
-    shards: Annotated[list[str], typer.Argument(help="tars: paths, URLs, {000..123} braces, globs")],
+    shards: Annotated[list[str], typer.Argument(help="tars: paths, folders, URLs, {000..123} braces, globs")],
     out: Out,
     classes: Annotated[Path | None, typer.Option(help="text file, a class name a line")] = None,
+    picture_field: Annotated[
+        list[str] | None, typer.Option(help="field with the picture, as image.jpg; may come several times")
+    ] = None,
+    label_field: Annotated[
+        list[str] | None, typer.Option(help="field with the class number, as label.cls; likewise")
+    ] = None,
+    split_at: Annotated[
+        Literal["first", "last"],
+        typer.Option(help="dot of a member's name between key and field; webdataset: the first"),
+    ] = "first",
+    skip_broken: Annotated[int, typer.Option(min=0, help="bad shards that may be left out")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="nothing may be left out or look wrong; else no manifest")
+    ] = False,
     processes: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Make a manifest for webdataset tars where they lie; an interrupted indexing goes on."""
-    from configs.errors import DataError
     from data_pipeline import indexing
+    from data_pipeline.account import Account, some
+    from data_pipeline.classes import read_classes
     from launch.progress import progress_bar
 
-    try:
-        names = classes.read_text().splitlines() if classes else []
-    except OSError as error:
-        raise DataError(f"{classes}: can't be read: {error.strerror}") from None
+    names = read_classes(classes) if classes else ()
+    fields = indexing.Fields(_lower(picture_field), _lower(label_field), split_at)
     with progress_bar("index") as progress:
-        manifest = indexing.index(shards, out, classes=names, processes=processes, progress=progress)
+        manifest = indexing.index(
+            shards,
+            out,
+            classes=names,
+            fields=fields,
+            processes=processes,
+            skip_broken=skip_broken,
+            strict=strict,
+            progress=progress,
+        )
+    for line in Account.from_dict(manifest.about["indexed"]).lines(manifest.fields):
+        typer.echo(f"note: {line}", err=True)
     typer.echo(_line(manifest))
+    typer.echo(f"fields: {some(manifest.fields)}")
+
+
+def _lower(names: list[str] | None) -> tuple[str, ...]:
+    """Fields as they stand in an index: without the dot before them, in lower case, like webdataset's."""
+    return tuple(name.removeprefix(".").lower() for name in names or ())
 
 
 @app.command()
 def verify(
     data: Set,
     fast: Annotated[bool, typer.Option("--fast", help="checksums only: don't decode the pictures")] = False,
+    shared_keys: Annotated[
+        bool, typer.Option("--shared-keys", help="shards may have keys in common, as merged downloads have")
+    ] = False,
     processes: Annotated[int, typer.Option(min=1)] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="the report as JSON on standard output")] = False,
 ) -> None:
@@ -131,12 +201,22 @@ def verify(
     from launch.progress import progress_bar
 
     with progress_bar("verify") as progress:
-        report = check(Manifest.load(data), pictures=not fast, processes=processes, progress=progress)
+        report = check(
+            Manifest.load(data),
+            pictures=not fast,
+            shared_keys=shared_keys,
+            processes=processes,
+            progress=progress,
+        )
     if as_json:
         typer.echo(report.to_json())
     else:
         for finding in report.findings[:100]:
             typer.echo(str(finding))
+        if len(report.findings) > 100:
+            typer.echo(f"... and {len(report.findings) - 100} more; --json lists them")
+        for line in report.members.lines():
+            typer.echo(f"note: {line}")
         wrong = len(report.findings) + report.more
         verdict = f"{wrong} things are wrong" if wrong else "all is well"
         typer.echo(f"{data}: {report.samples} samples in {report.shards} shards: {verdict}")
@@ -158,14 +238,23 @@ def stats(
 
     found = count(Manifest.load(data), look_at=look_at)
     if as_json:
-        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+        typer.echo(json.dumps(asdict(found)))
         return
     typer.echo(f"{found.samples} samples, {found.shards} shards, {found.bytes / 1e6:.1f} MB")
     typer.echo(f"quantiles at 0, 5, 50, 95, 100 %; pictures and labels from {found.looked_at} samples")
+    if found.unusable:
+        typer.echo(f"{found.unusable} samples more can't be used: keel data verify says why", err=True)
     rows = [("samples a shard", found.shard_samples), ("height", found.heights), ("width", found.widths)]
-    rows += [(f"{name}: bytes of {field.samples}", field.quantiles) for name, field in found.fields.items()]
+    often = sorted(found.fields, key=lambda name: (-found.fields[name].samples, name))[:20]
+    rows += [
+        (f"{name}: bytes of {field.samples}", field.quantiles)
+        for name, field in found.fields.items()
+        if name in often
+    ]
     for title, quantiles in rows:
         typer.echo(f"  {title:24}" + "".join(f"{value:>12}" for value in quantiles))
+    if len(found.fields) > len(often):  # names with dots give thousands
+        typer.echo(f"  and {len(found.fields) - len(often)} fields more; --json lists them")
     if found.labels:
         typer.echo("  labels: " + ", ".join(f"{name} {count}" for name, count in found.labels.items()))
 
@@ -181,16 +270,18 @@ def tokenizer(
     limit: Annotated[int, typer.Option(min=1, help="samples to read at most")] = 10_000_000,
 ) -> None:
     """Make a byte-level BPE tokenizer from the captions of a set."""
+    from data_pipeline.files import require_writable
     from data_pipeline.manifest import Manifest
     from data_pipeline.prepare import make_tokenizer
     from data_pipeline.tokenize import TokenizerConfig, open_tokenizer
     from launch.progress import progress_bar
 
+    require_writable(to)  # reading the captions may take an hour
     with progress_bar("captions") as progress:
         make_tokenizer(
             Manifest.load(data), to, vocab, names=captions or ("txt",), limit=limit, progress=progress
         )
-    made = open_tokenizer(TokenizerConfig(path=to))
+    made = open_tokenizer(TokenizerConfig(path=to.absolute()))
     typer.echo(f"{to}: {made.vocabulary} tokens, the end is {made.end}, hash {made.hash[:12]}")
 
 
@@ -225,11 +316,15 @@ def bench(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     workers: Annotated[int, typer.Option(min=0)] = 2,
     seconds: Annotated[float, typer.Option(min=0.1)] = 10.0,
+    cache: Annotated[Path | None, typer.Option(help="folder for shards behind URLs")] = None,
+    gigabytes: Annotated[float, typer.Option(min=0.001, help="of the cache")] = 100.0,
 ) -> None:
     """Measure how fast this machine loads a set."""
     from data_pipeline.bench import throughput
+    from data_pipeline.cache import CacheConfig
 
-    found = throughput(data, size=size, batch_size=batch_size, workers=workers, seconds=seconds)
+    kept = CacheConfig(directory=cache, gigabytes=gigabytes) if cache else None
+    found = throughput(data, size=size, batch_size=batch_size, workers=workers, seconds=seconds, cache=kept)
     typer.echo(
         f"{found.samples_per_second:.0f} samples/s with {workers} workers, {found.cpu_ms:.2f} CPU ms "
         f"a sample, first batch after {found.first_batch:.2f} s; {found.samples} samples were read"

@@ -35,6 +35,7 @@ def submit(
     given = overrides or []
     where = load_cluster(cluster, [text.removeprefix("+") for text in given if text.startswith("+")])
     settings = load(config, RunConfig, [text for text in given if not text.startswith("+")])
+    submit.require_place([Path(settings.run.dir).expanduser().absolute()], where)
     if dry_run:
         settings.micro_batch(where.ranks)
         settings.train.require_device(where.gpu)

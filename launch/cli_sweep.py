@@ -18,6 +18,9 @@ def sweep(
         str | None, typer.Option("--cluster", metavar="FILE", help="where to run; by default this machine")
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="ranks of each run on this machine")] = 1,
+    at_most: Annotated[
+        int | None, typer.Option(min=1, help="so many of those that are due now, the rest another time")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="list the runs, show the sbatch script; submit nothing")
     ] = False,
@@ -29,12 +32,13 @@ def sweep(
     from launch import sweep as sweeps
     from launch.cluster import load_cluster
     from launch.progress import progress_bar
+    from launch.submit import require_place
 
     given = overrides or []
     site = [text.removeprefix("+") for text in given if text.startswith("+")]
     where = load_cluster(cluster, site) if cluster else None
     asked = sweeps.load_sweep(file, [text for text in given if not text.startswith("+")])
-    planned = sweeps.plan(asked)
+    planned = sweeps.plan(asked, at_most)
     due = sum(one.due for one in planned)
     if as_json:
         typer.echo(strict_json.dumps(sweeps.listing(planned)))
@@ -44,6 +48,10 @@ def sweep(
     said = f"{asked.dir}: {len(planned)} runs, {due} to submit, {asked.parallel} at a time"
     typer.echo(said, err=as_json)
     ranks, gpu = (where.ranks, where.gpu) if where else (nproc, None)
+    for remark in sweeps.remarks(asked, planned):
+        typer.echo(f"note: {remark}", err=True)
+    if where:
+        require_place([one.folder for one in planned], where)
     if dry_run:
         sweeps.require_fitting(planned, ranks, gpu)
         if where and due:

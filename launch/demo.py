@@ -43,12 +43,16 @@ def run(
     *,
     configs: Sequence[str] = CONFIGS,
     overrides: Sequence[str] = (),
-    nproc: int = 2,
+    nproc: int | None = None,
     console: Console | None = None,
 ) -> int:
-    """Run the demo into `directory` and print where everything lies; gives the exit code."""
+    """Run the demo into `directory` and print where everything lies; gives the exit code.
+
+    `nproc`: ranks; by default two, or as many as there are GPUs where there is only one.
+    """
     began = time.monotonic()
     console = console or Console()
+    nproc = nproc or (min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2)
     folders = []
     for config in configs:
         settings = load(config, RunConfig, [*own_settings(config, directory), *overrides])
@@ -60,7 +64,7 @@ def run(
                 f"{folder.root.name} is trained already; remove {from_here(folder.root)} to train it again"
             )
         else:
-            console.print(f"training a small {name} with {nproc} processes")
+            console.print(f"training a small {name} with {nproc} process{'es' * (nproc > 1)}")
             code = launch(folder, nproc, apart=True)
             if code:
                 return code
@@ -104,7 +108,7 @@ def report(parts: Sequence[Part], console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
-    console.print(table([part.findings for part in parts]))
+    show_table([part.findings for part in parts], console)
     for part in parts:
         if part.findings.reconstruction:
             errors = ", ".join(f"{name} {error:.3f}" for name, error in part.findings.reconstruction.items())
@@ -116,6 +120,15 @@ def report(parts: Sequence[Part], console: Console) -> None:
         say(f"  picture  {from_here(part.picture)}")
         say(f"  backbone {from_here(part.exported.folder)}")
     say(f'\ntimm.create_model("local-dir:{from_here(parts[-1].exported.folder)}", pretrained=True)')
+
+
+def show_table(findings: Sequence[Findings], console: Console) -> None:
+    """Whole also where a terminal, or what rich takes a log for, is narrower: it wraps, and loses nothing."""
+    found = table(findings)
+    natural = console.measure(found, options=console.options.update(max_width=1000)).maximum
+    if natural > console.width:
+        console = Console(file=console.file, width=natural)
+    console.print(found)
 
 
 def from_here(place: Path) -> Path:

@@ -24,7 +24,8 @@ from configs.errors import UserError
 from configs.loading import difference, load
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.manifest import Manifest
-from data_pipeline.read import IMAGE_FIELDS, Reader
+from data_pipeline.prepare import lacks_demo, require_own_places
+from data_pipeline.read import Reader
 from data_pipeline.remote import size_of
 from launch import queue, slurm
 from launch.cluster import ClusterConfig
@@ -71,8 +72,7 @@ class Patient:
     @property
     def waits_for_demo(self) -> bool:
         """Whether its data are made only when training starts."""
-        data = self.config.data
-        return data.demo is not None and data.manifest is not None and not data.manifest.is_file()
+        return self.config.data.manifest is not None and lacks_demo(self.config.data)
 
     @property
     def disk(self) -> Path:
@@ -108,6 +108,7 @@ def _failed(name: str, error: UserError) -> Check:
 
 def _data(patient: Patient) -> Iterator[Check]:
     """Manifests load, and shards lie there with their sizes."""
+    require_own_places(patient.config.data, patient.config.run.dir)
     if patient.waits_for_demo:
         yield Check("data", "pass", f"demo data will be made in {patient.config.data.first_manifest.parent}")
         return
@@ -152,7 +153,9 @@ def _samples(patient: Patient) -> Iterator[Check]:
         for number in chance.choice(local, SAMPLES):
             shard = manifest.shards[number]
             try:
-                ((_, data),) = reader.read(int(number), int(chance.integers(shard.samples)), [IMAGE_FIELDS])
+                ((_, data),) = reader.read(
+                    int(number), int(chance.integers(shard.samples)), [manifest.pictures]
+                )
                 decode(data, patient.config.data.max_pixels)
             except (UserError, DecodeError) as error:
                 broken.append(str(error))
@@ -181,6 +184,8 @@ def _batch(patient: Patient) -> Iterator[Check]:
             )  # fmt: skip
     needed = 1 + config.data.workers
     there = patient.cluster.cpus_per_task if patient.cluster else (os.cpu_count() or 1) / patient.nproc
+    if slow := config.slow_optimizer:
+        yield Check("offload", "warn", *slow)
     if needed > there:
         yield Check(
             "processors", "warn", f"{there:g} for a rank and its {config.data.workers} data workers",
@@ -201,7 +206,9 @@ def _model(patient: Patient) -> Iterator[Check]:
     yield Check(
         "model", "pass", f"{whole / 1e6:.2f} M parameters, {encoder / 1e6:.2f} M of them the encoder's"
     )
-    train.require_possible(objective, None if patient.cluster is None else patient.cluster.gpu)
+    gpu = None if patient.cluster is None else patient.cluster.gpu
+    patient.config.require_devices(patient.ranks, gpu)
+    train.require_possible(objective, gpu, patient.config.run.device)
     stages = [
         memory_estimate(lambda: plan.objective(patient.ranks), stage, patient.ranks) for stage in range(4)
     ]
@@ -340,21 +347,33 @@ def _network(patient: Patient) -> Iterator[Check]:
     """The interface that nodes are to talk over exists."""
     if patient.cluster is None or patient.cluster.nodes == 1:
         return
-    name = "NCCL_SOCKET_IFNAME" if patient.cluster.gpus_per_node else "GLOO_SOCKET_IFNAME"
-    given = {**os.environ, **patient.cluster.environment}.get(name)
+    # Agreements, saving and loading go by gloo on GPUs too: it hangs where a host's name leads to 127.0.1.1.
+    names = ["GLOO_SOCKET_IFNAME"] + ["NCCL_SOCKET_IFNAME"] * bool(patient.cluster.gpus_per_node)
+    for name in names:
+        yield from _interface(name, patient.cluster)
+
+
+def _interface(name: str, cluster: ClusterConfig) -> Iterator[Check]:
+    given = {**os.environ, **cluster.environment}.get(name)
     here = [interface for _, interface in socket.if_nameindex()]
     if given is None:
-        yield Check("network", "warn", f"{name} isn't set: {patient.cluster.nodes} nodes choose alone",
+        yield Check("network", "warn", f"{name} isn't set: {cluster.nodes} nodes choose alone",
                     f"set it in the cluster's environment; here are {', '.join(here)}")  # fmt: skip
-    elif not given.startswith("^") and not any(_matches(given, interface) for interface in here):
+    elif not any(_matches(name, given, interface) for interface in here):
         yield Check("network", "warn", f"{name}={given} isn't on this machine, which has {', '.join(here)}",
                     "make sure that the nodes have it")  # fmt: skip
     else:
         yield Check("network", "pass", f"{name}={given}")
 
 
-def _matches(given: str, interface: str) -> bool:
-    """NCCL reads "=eth0" as that one and "eth" as all that begin so, several by commas."""
+def _matches(name: str, given: str, interface: str) -> bool:
+    """NCCL reads "=eth0" as that one and "eth" as all that begin so, "^docker0" as all but that; gloo whole
+    names; both several by commas.
+    """
+    if name == "GLOO_SOCKET_IFNAME":
+        return interface in given.split(",")
+    if given.startswith("^"):
+        return True
     exact = given.startswith("=")
     names = given.removeprefix("=").split(",")
     return any(interface == name if exact else interface.startswith(name) for name in names if name)

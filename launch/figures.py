@@ -65,6 +65,11 @@ class Figures:
         finally:
             os.close(file)
 
+    @property
+    def newest(self) -> int:
+        """The newest step that has a value, 0 without any."""
+        return max(self.values, default=0)
+
     def at(self, step: int) -> float | None:
         """The newest score up to `step`; of a figure of training, its mean over the last fifth of the way.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-from configs.errors import UserError
+from configs.errors import UserError, fault_of_place
 from launch.early_stop import watching
 from launch.logs import rank_log, redirected, speaking
 from launch.run_files import is_echo
@@ -56,21 +56,28 @@ def hang_up() -> NoReturn:
     os._exit(HUNG)
 
 
-def job(root: Path, hung: Callable[[], object] = hang_up) -> Outcome:
+def job(root: Path, hung: Callable[[], object] = hang_up, *, last: bool = False) -> Outcome:
     """Train the prepared run in `root` as the rank that the environment names.
 
     `hung` is called from another thread where training stands still, after the log was told; it ends the
-    process.
+    process. `last`: nothing comes after it in this process, so that signals that come late change nothing.
     """
     rank = int(os.environ.get("RANK", "0"))
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # what NCCL did last, to be told when it hangs
+    # A lost peer aborts this process rather than leaving it in a collective: its launcher runs all again.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     with redirected(rank_log(root / "logs", rank), show=rank == 0) as console:
         try:
             from pretrain.folder import RunFolder
             from pretrain.health import StopRequest
             from pretrain.run import train
 
-            with speaking(), stack_dumps(), listening(StopRequest()) as stop, watching(root, stop, rank):
+            with (
+                speaking(),
+                stack_dumps(),
+                listening(StopRequest(), last) as stop,
+                watching(root, stop, rank),
+            ):
                 # Without a terminal, progress lines go the way of all output: log first, then console.
                 shown = console if console and console.isatty() else sys.stderr
                 reason = train(RunFolder(root), stop, shown, abort=hung)
@@ -82,6 +89,10 @@ def job(root: Path, hung: Callable[[], object] = hang_up) -> Outcome:
             if lost_a_peer(error):
                 print(f"rank {rank}: another rank is gone, so this one leaves too", file=sys.stderr)
                 return Outcome(LOST_PEER)
+            if isinstance(error, OSError) and (known := fault_of_place(error)) is not None:
+                print(as_lines(known), file=sys.stderr)
+                print("then the same command goes on from the newest checkpoint", file=sys.stderr)
+                return Outcome(USERS_INPUT)
             traceback.print_exc()
             return Outcome(OUR_FAULT)
 
@@ -97,8 +108,12 @@ def as_lines(error: UserError) -> str:
 
 
 @contextmanager
-def listening(stop: StopRequest) -> Iterator[StopRequest]:
-    """Meanwhile signals only set the flag of `stop`. A second Ctrl-C ends the process at once."""
+def listening(stop: StopRequest, last: bool = False) -> Iterator[StopRequest]:
+    """Meanwhile signals only set the flag of `stop`. A second Ctrl-C ends the process at once.
+
+    Where it ends well and was the `last` thing that the process does, signals are ignored from then on: all
+    is saved, and one that comes while Python shuts down must not make a failure of it.
+    """
 
     def ask(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.reason == "interrupted":
@@ -116,9 +131,12 @@ def listening(stop: StopRequest) -> Iterator[StopRequest]:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANING)
     try:
         yield stop
+    except BaseException:
+        last = False
+        raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last else handler)
 
 
 @contextmanager
@@ -148,7 +166,13 @@ def die_with(launcher: int) -> None:
 def main() -> None:
     if launcher := os.environ.get(LAUNCHER):
         die_with(int(launcher))
-    code = job(Path(sys.argv[1])).code
+    try:
+        code = job(Path(sys.argv[1]), last=True).code
+    except OSError as error:  # its log can't be made
+        if (known := fault_of_place(error)) is None:
+            raise
+        print(as_lines(known), file=sys.stderr, flush=True)
+        code = USERS_INPUT
     if code in (DONE, STOPPED):
         sys.exit(code)
     # A failed rank leaves without waiting for threads or peers: its launcher sees at once who was first.

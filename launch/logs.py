@@ -9,10 +9,10 @@ import platform
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 POLL = 0.1
 """Seconds between looks at the log file for what is new."""
@@ -42,7 +42,7 @@ def redirected(log: Path, *, show: bool) -> Iterator[TextIO | None]:
     for number in (1, 2):
         os.dup2(target, number)
     try:
-        with _python_streams():
+        with _python_streams(kept[2]):
             yield stream
     finally:
         for number, original in kept.items():
@@ -70,17 +70,36 @@ def speaking() -> Iterator[None]:
 
 
 @contextmanager
-def _python_streams() -> Iterator[None]:
+def _python_streams(console: int) -> Iterator[None]:
     """Standard output and error of Python on descriptors 1 and 2, line by line."""
     before = sys.stdout, sys.stderr
-    with (
-        open(1, "w", buffering=1, closefd=False) as sys.stdout,
-        open(2, "w", buffering=1, closefd=False) as sys.stderr,
-    ):
+    with _lines_to(1, console) as sys.stdout, _lines_to(2, console) as sys.stderr:
         try:
             yield
         finally:
             sys.stdout, sys.stderr = before
+
+
+def _lines_to(descriptor: int, console: int) -> TextIO:
+    # Names of files need not be text; a line that tells of one mustn't be the end of a run.
+    buffer = io.BufferedWriter(_Log(descriptor, console))
+    return io.TextIOWrapper(buffer, "utf-8", "backslashreplace", line_buffering=True)
+
+
+class _Log(io.FileIO):
+    """A log whose disk may fill up: what it doesn't take goes to the descriptor `console`, if anywhere."""
+
+    def __init__(self, descriptor: int, console: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.console = console
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            with suppress(OSError):
+                os.write(self.console, data)
+            return len(data)
 
 
 def _headline() -> bytes:

@@ -14,7 +14,7 @@ from launch import queue
 from launch.figures import Figures, of_training
 from launch.logs import rank_log
 from launch.registry import Run, Score, chosen, list_runs, look, lower_is_better, scores
-from launch.run_files import evaluations, holder, lease_held, objective_text
+from launch.run_files import evaluations, has_open, holder, lease_held, objective_text
 from launch.run_shapes import finite
 
 POLL = 0.2
@@ -82,12 +82,20 @@ def cancel(folders: Sequence[Path], *, now: bool = False) -> list[tuple[Run, str
     told = []
     folders = [folder.absolute() for folder in folders]
     found = look(folders)
+    records = {folder: Submission.of(folder) for folder in folders}
+    here = queue.site().cluster if any(record and record.site for record in records.values()) else None
+    for folder, record in records.items():
+        if record and not record.is_of(here):
+            raise RunError(
+                f"{folder}: is job {record.job_id} of the cluster {record.site}, and this is {here}; "
+                "cancel it there"
+            )
     jobs = queue.states([run.job for run in found if run.job])
     for folder, run in zip(folders, found, strict=True):
-        record = Submission.of(folder)
+        record = records[folder]
         if record and run.state not in ("done", "cancelled"):
             record.cancel(folder)
-        job = jobs.get(run.job or "")
+        job = queue.known_as(jobs.get(run.job or ""), record.name if record else None)
         if run.job and (job is None or job.active):
             saving = job is not None and not job.waiting and not now
             queue.cancel([run.job], to_save=saving)
@@ -103,6 +111,11 @@ def _end_process(folder: Path, now: bool) -> str:
     process = holder(folder)
     if process is None or not lease_held(folder):
         raise RunError(f"{folder}: runs on another machine without SLURM; press Ctrl-C, or kill it there")
+    if not has_open(process, folder / ".lock"):
+        # A number that another process has by now, or that a container counts otherwise.
+        raise RunError(
+            f"{folder}: is held by a process that isn't {process} here, as in a container; end it from there"
+        )
     os.kill(process, signal.SIGKILL if now else signal.SIGTERM)
     return f"process {process} " + ("is killed" if now else "saves and ends")
 
@@ -193,8 +206,8 @@ def ranking(root: Path, metric: str, *, lower: bool | None = None) -> list[Candi
         if of_training(metric):
             figures = Figures(path, metric)
             figures.look()
-            value = figures.at(run.step)
-            there = [] if value is None else [Score(metric, value, run.step)]
+            value = figures.at(figures.newest)
+            there = [] if value is None else [Score(metric, value, figures.newest)]
         else:
             rows, _ = evaluations(path)
             known |= {f"{row['name']}/{name}" for row in rows for name in row["values"]}

@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from launch.run_files import read_json
+from launch.run_shapes import Row, count, number, run_state
 from pretrain.folder import write_atomically
 
 FILE = "nodes.json"
@@ -21,24 +23,50 @@ FAILURES = 2
 
 def bad(root: Path, hosts: Sequence[str]) -> list[str]:
     """Note a start on `hosts`, blame the start before if a node ended it; gives those of `hosts` to avoid."""
-    path = root / FILE
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"starts": [], "failures": {}}
-    if record["starts"] and not _ended_well(root, record["starts"][-1]):
-        for name in _failed(record["starts"][-1]):
-            record["failures"][name] = record["failures"].get(name, 0) + 1
-    start = {"hosts": list(hosts), "time": time.time(), "job": os.environ.get("SLURM_JOB_ID")}
-    record["starts"].append(start)
+    path, cluster = root / FILE, os.environ.get("SLURM_CLUSTER_NAME", "")
+    starts, failures = _recorded(path, cluster)
+    attempts = _attempts(root)
+    if starts and not _ended_well(attempts, starts[-1]):
+        for name in _failed(starts[-1]):
+            failures[name] = failures.get(name, 0) + 1
+    start = {
+        "hosts": list(hosts), "time": time.time(), "job": os.environ.get("SLURM_JOB_ID"),
+        "attempts": len(attempts),
+    }  # fmt: skip
+    record = {"cluster": cluster, "starts": [*starts, start], "failures": failures}
     write_atomically(path, json.dumps(record, indent=1))
-    return [name for name in hosts if record["failures"].get(name, 0) >= FAILURES]
+    return [name for name in hosts if failures.get(name, 0) >= FAILURES]
 
 
-def _ended_well(root: Path, start: dict[str, Any]) -> bool:
-    """Whether the attempt made by `start` came to its own end."""
-    try:
-        attempts = json.loads((root / "run.json").read_text()).get("attempts", [])
-    except FileNotFoundError:
-        return True
-    return bool(attempts) and bool(attempts[-1].get("ended"))
+def _recorded(path: Path, cluster: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Starts and failures so far; none where the file is torn, or of another cluster's nodes."""
+    found = read_json(path)
+    starts, failures = found.get("starts"), found.get("failures")
+    if not isinstance(starts, list) or not isinstance(failures, dict):
+        return [], {}
+    if found.get("cluster", cluster) != cluster:
+        return [], {}
+    known = [start for start in starts if isinstance(start, dict) and _usable(start)]
+    return known, {name: number for name, number in failures.items() if count(number) is not None}
+
+
+def _usable(start: dict[str, Any]) -> bool:
+    hosts = start.get("hosts")
+    return number(start.get("time")) is not None and (
+        isinstance(hosts, list) and all(isinstance(host, str) for host in hosts)
+    )
+
+
+def _attempts(root: Path) -> Sequence[Row]:
+    """Those that the run knows of."""
+    found: Sequence[Row] = run_state(read_json(root / "run.json"))[0].get("attempts") or []
+    return found
+
+
+def _ended_well(attempts: Sequence[Row], start: dict[str, Any]) -> bool:
+    """Whether the attempt made by `start` came to its own end; one that came to none was ended before."""
+    made = attempts[count(start.get("attempts")) or 0 :]
+    return bool(made) and bool(made[-1].get("ended"))
 
 
 def _failed(start: dict[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from configs.errors import RunError
 
 _ID = re.compile(r"\d+(_\d+)?")
-_FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "RestartCnt", "exit_code")
+_FIELDS = ("JobArrayID", "State", "Reason", "NodeList", "RestartCnt", "exit_code", "Name")
 _WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 _AT_WORK = frozenset(
     {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED"}
@@ -38,6 +38,7 @@ class JobState:
     nodes: str = ""  # as SLURM writes it: node[1-2]
     restarts: int = 0  # times SLURM has run it again
     exit_code: int | None = None  # of the job's script, negative for a signal; None until it has ended
+    name: str = ""  # the job's, empty where it isn't told
 
     @property
     def waiting(self) -> bool:
@@ -73,6 +74,29 @@ def states(job_ids: Iterable[str], timeout: float = 5.0) -> Mapping[str, JobStat
     if said is not None:  # the controller has answered, so what it doesn't know has ended
         found |= dict.fromkeys(wanted - found.keys(), JobState(GONE))
     return found
+
+
+def known_as(job: JobState | None, name: str | None) -> JobState | None:
+    """A job that was submitted as `name`; one with another name has got the id since, and ours is gone."""
+    if job is None or not name or not job.name or job.name == name:
+        return job
+    return JobState(GONE)
+
+
+@dataclass(frozen=True)
+class Site:
+    """What is known of the cluster whose commands these are."""
+
+    cluster: str | None = None  # ClusterName
+    max_array: int | None = None  # MaxArraySize: tasks that one array may have
+
+
+def site(timeout: float = 5.0) -> Site:
+    """By `scontrol show config`; nothing where it doesn't answer."""
+    said = _ask(["scontrol", "show", "config"], timeout) or ""
+    found = dict(re.findall(r"^(\w+)\s*=\s*(.*?)\s*$", said, re.MULTILINE))
+    most = found.get("MaxArraySize", "")
+    return Site(found.get("ClusterName"), int(most) if most.isdigit() else None)
 
 
 def cancel(job_ids: Sequence[str], *, to_save: bool = False, timeout: float = 30.0) -> None:
@@ -154,28 +178,30 @@ def _squeue(wanted: Iterable[str], timeout: float) -> dict[str, JobState] | None
 
 def _squeue_rows(said: str) -> Iterator[tuple[str, JobState]]:
     for line in said.splitlines():
-        fields = [field.strip() for field in line.split("|")]
+        fields = [field.strip() for field in line.split("|", len(_FIELDS) - 1)]
         if len(fields) < len(_FIELDS):
             continue
-        job, state, reason, nodes, restarts, status = fields[: len(_FIELDS)]
+        job, state, reason, nodes, restarts, status, name = fields
         ended = state not in _WAITING | _AT_WORK
         code = _wait_status(status) if ended else None
-        known = JobState(state, _said(reason), nodes, int(restarts) if restarts.isdigit() else 0, code)
+        again = int(restarts) if restarts.isdigit() else 0
+        known = JobState(state, _said(reason), nodes, again, code, name.removesuffix("|"))
         for member in expanded(job):
             yield member, known
 
 
 def _sacct(wanted: Iterable[str], timeout: float) -> dict[str, JobState]:
-    fields = "JobID,State,Reason,NodeList,ExitCode"
+    fields = "JobID,State,Reason,NodeList,ExitCode,JobName"
     command = ["sacct", "-X", "--noheader", "--parsable2", f"--format={fields}", f"--jobs={_bases(wanted)}"]
     found: dict[str, JobState] = {}
     for line in (_ask(command, timeout) or "").splitlines():
-        if line.count("|") != fields.count(","):
+        if line.count("|") < fields.count(","):
             continue
-        job, state, reason, nodes, code = line.split("|")
+        job, state, reason, nodes, code, name = line.split("|", fields.count(","))
         state, _, by = state.partition(" ")  # "CANCELLED by 1000"
         ended = state not in _WAITING | _AT_WORK
-        known = JobState(state, by or _said(reason), _said(nodes), 0, _exit_code(code) if ended else None)
+        ended_by = _exit_code(code) if ended else None
+        known = JobState(state, by or _said(reason), _said(nodes), 0, ended_by, name)
         found |= dict.fromkeys(expanded(job), known)
     return found
 

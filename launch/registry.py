@@ -17,7 +17,7 @@ from typing import Any, Literal
 from configs.errors import RunError
 from launch import queue
 from launch.queue import GONE, JobState
-from launch.run_files import Facts, is_echo, last_words, read, run_folders
+from launch.run_files import Facts, is_echo, last_words, read, run_folders, stayed
 from launch.run_shapes import Row, finite, number
 
 State = Literal[
@@ -129,13 +129,32 @@ def judged(
 ) -> list[Run]:
     """Files and queue put together; SLURM is asked once for all that aren't done."""
     moment = datetime.now().timestamp() if now is None else now
-    asked = [each.slurm_job for each in facts if each.slurm_job and each.run.get("status") != "done"]
-    known = queue.states(asked)
-    return [_run(each, known.get(each.slurm_job or ""), metric, lower, stale_after, moment) for each in facts]
+    asked = [each for each in facts if each.slurm_job and each.run.get("status") != "done"]
+    here = queue.site().cluster if any(each.job.get("site") for each in asked) else None
+    # Another cluster has the same ids for other jobs.
+    ours = [each for each in asked if not here or each.job.get("site") in (None, here)]
+    known = queue.states([each.slurm_job for each in ours if each.slurm_job])
+    jobs = {each.path: queue.known_as(known.get(each.slurm_job or ""), each.job.get("name")) for each in ours}
+    elsewhere = [each for each in asked if each.path not in jobs]
+    away = {each.path: f"its job is the cluster {each.job['site']}'s" for each in elsewhere}
+    return [
+        _run(
+            each, jobs.get(each.path), metric=metric, lower=lower, stale_after=stale_after, now=moment,
+            away=away.get(each.path, ""),
+        )
+        for each in facts
+    ]  # fmt: skip
 
 
 def _run(
-    facts: Facts, job: JobState | None, metric: str | None, lower: bool | None, stale_after: float, now: float
+    facts: Facts,
+    job: JobState | None,
+    *,
+    metric: str | None,
+    lower: bool | None,
+    stale_after: float,
+    now: float,
+    away: str,
 ) -> Run:
     run, last = facts.run, facts.rows[-1] if facts.rows else {}
     attempts = run.get("attempts") or []
@@ -152,7 +171,10 @@ def _run(
         note = f"{known}, and nothing was printed; see that its nodes can write to {facts.path}"
     if facts.unknown and state not in ("pending", "running", "requeued"):
         state, note = "unreadable", ""
-    note = "; ".join(filter(None, [facts.broken, note]))
+    if state == "new" and away:
+        note = ""  # it isn't SLURM that doesn't answer
+    why = stayed(facts) if state in ("stopped", "failed", "lost") else ""
+    note = "; ".join(filter(None, [facts.broken, note, why and f"not run again: {why}", away]))
     step, total = max(last.get("step", 0), run.get("step", 0)), run.get("total_steps")
     pace = [row["seconds"] for row in facts.rows if finite(row.get("seconds")) and row["seconds"] > 0]
     eta = None
@@ -271,6 +293,8 @@ def sorter(key: str) -> Callable[[Run], tuple[bool, Any]]:
     def place(run: Run) -> tuple[bool, Any]:
         value = getattr(run, key)
         value = value.value if isinstance(value, Score) else value
+        if key == "job" and isinstance(value, str):  # 9_2, 9_10, 10_0
+            value = tuple(int(digits) for digits in re.findall(r"\d+", value))
         missing = value is None or (isinstance(value, float) and not finite(value))
         return missing, 0 if missing else value
 

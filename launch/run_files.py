@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import platform
@@ -73,7 +74,7 @@ def read(path: Path, root: Path) -> Facts:
     job, odd = run_shapes.submission(submitted)
     rows, odd_rows = run_shapes.metrics(_parsed(path / "metrics.jsonl", last=5))
     judged, odd_evaluations = evaluations(path, 1 << 20)
-    unknown = bool(torn) or (found.get("status") is not None and "status" not in run)
+    unknown = bool(torn) or ("status" in found and "status" not in run)
     if not found and not torn and rows:
         unknown, torn = True, "run.json: is gone, and the run has trained"
     problems = [torn, *wrong, unsubmitted, *odd, *odd_rows, *odd_evaluations]
@@ -153,6 +154,20 @@ def lease_held(path: Path) -> bool | None:
         return None
 
 
+def has_open(process: int, path: Path) -> bool:
+    """Whether a process of this machine has a file open: its number alone doesn't make it the one meant."""
+    try:
+        wanted = path.stat()
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                found = descriptor.stat()
+                if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                    return True
+    except OSError:
+        return False
+    return False
+
+
 def holder(path: Path) -> int | None:
     """Process id of the last that held the run's lease, if that was on this machine."""
     said = re.fullmatch(rb"process (\d+) on (\S+)\s*", _end(path / ".lock", 200)[0])
@@ -167,6 +182,14 @@ def last_words(facts: Facts) -> str:
     spoken = [_last_line(_end(log, _TAIL)[0].decode(errors="replace")) for log in logs]
     errors = [line for line, error in spoken if error]
     return next(iter(errors or [line for line, _ in spoken if line]), "")
+
+
+def stayed(facts: Facts) -> str:
+    """Why the run's job wasn't run again although the run was to go on; empty where nothing is said of it."""
+    if not (facts.job.get("log_folder") and facts.slurm_job):
+        return ""
+    said = _end(Path(facts.job["log_folder"]) / f"{facts.slurm_job}.stays", 1000)[0]
+    return " ".join(said.decode(errors="replace").split())
 
 
 def _last_line(text: str) -> tuple[str, bool]:

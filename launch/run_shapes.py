@@ -1,7 +1,7 @@
 """What the files of a run hold, held against what they should: a value of another shape counts for nothing.
 
-Whoever lists a thousand runs must not fail at one that was edited by hand, torn, or written by another version.
-What was found instead is told, so that the row of that run can say it.
+Whoever lists a thousand runs must not fail at one that was edited by hand, torn, or written by another
+version. What was found instead is told, so that the row of that run can say it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Whether a sweep's folder holds this sweep and nothing else.
 
-A member's folder is named by its config's name and its own overrides. What else makes the run (the content of
-its config and of its bases, the overrides of all, the data) isn't in the name, so it is compared here: of each
-member that is there, finished or not, and of each that an earlier submission has noted in DIR/sweep.json.
+A member's folder is named by its config's name and its own overrides. What else makes the run (what its
+config and that one's bases say, the overrides of all, the data) isn't in the name, so it is compared here: of
+each member that is there, finished or not, also of those that only an earlier submission has noted in
+DIR/sweep.json.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SHOWN = 8
 
 
 def recorded(folder: Path) -> dict[str, dict[str, Any]]:
-    """The members that DIR/sweep.json knows: name to its config and overrides. Raises `RunError` where torn."""
+    """The members that DIR/sweep.json knows: name to its config and overrides; `RunError` where torn."""
     file = folder / SWEEP
     try:
         runs = json.loads(file.read_text())["runs"]

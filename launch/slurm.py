@@ -8,9 +8,11 @@ leave with REQUEUE, and the batch script, which outlives them, asks SLURM to run
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +33,18 @@ REQUEUE: int = LOCAL_REQUEUE_RETURN_CODE
 EXCLUDED = "excluded"
 """Ending of the file beside submitit's, named by job id, with nodes that the requeued job is to avoid."""
 
+FAILED = "failed"
+"""Ending of the file that says that a rank of the job has failed by itself, and wasn't only torn down."""
+
+STAYS = "stays"
+"""Ending of the file that says why a job wasn't run again although its run was to go on."""
+
+KILLS = (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGKILL, signal.SIGSEGV)
+"""How a rank dies that nobody has asked to leave: NCCL's watchdog aborts, the kernel kills for memory."""
+
+SOON, QUICK_KILLS = 600, 3
+"""So many kills in a row, each within so many seconds of the job's start, are answered by a requeue."""
+
 Task = Callable[[], Any]
 
 
@@ -46,6 +60,11 @@ class Place:
     hosts: Sequence[str]
     job: str  # id, "12_3" for a member of an array
     folder: Path  # of submitit's files
+
+    def mark(self, ending: str, text: str) -> None:
+        """Leave a word about this job beside submitit's files; where nothing can be written, none is left."""
+        with contextlib.suppress(OSError):
+            (self.folder / f"{self.job}.{ending}").write_text(text + "\n")
 
     def environment(self) -> Mapping[str, str]:
         """What torch.distributed, DeepSpeed and accelerate read."""
@@ -78,18 +97,24 @@ def place() -> Place:
 
 
 def submit(
-    tasks: Sequence[Task], cluster: ClusterConfig, *, folder: Path, code: Path, name: str
+    tasks: Sequence[Task],
+    cluster: ClusterConfig,
+    *,
+    folder: Path,
+    code: Path,
+    name: str,
+    after: str | None = None,
 ) -> list[str]:
     """Submit `tasks` as one job each, several as one array; gives the job ids.
 
-    `folder`: of submitit's files; `code`: what the jobs import keel from. Raises `RunError` with sbatch's own
-    words where it refuses.
+    `folder`: of submitit's files; `code`: what the jobs import keel from; `after`: id of a job, or of an
+    array, that has to end first. Raises `RunError` with sbatch's own words where it refuses.
     """
     if cluster.executor == "slurm" and not shutil.which("sbatch"):
         raise RunError(
             "executor: slurm needs sbatch, which isn't here; submit from a login node, or look at --dry-run"
         )
-    executor = _executor(cluster, folder, code, name)
+    executor = _executor(cluster, folder, code, name, after)
     try:
         with _outside_of_any_job():
             jobs = [executor.submit(tasks[0])] if len(tasks) == 1 else executor.submit_array(tasks)
@@ -102,9 +127,17 @@ def submit(
     return [str(job.job_id) for job in jobs]
 
 
-def script(cluster: ClusterConfig, *, folder: Path, code: Path, name: str, count: int = 1) -> str:
+def script(
+    cluster: ClusterConfig,
+    *,
+    folder: Path,
+    code: Path,
+    name: str,
+    count: int = 1,
+    after: str | None = None,
+) -> str:
     """The sbatch script as it would be submitted. Needs no SLURM."""
-    executor = _executor(cluster, folder, code, name)
+    executor = _executor(cluster, folder, code, name, after)
     if not isinstance(executor, _SlurmExecutor):
         command = executor._submitit_command_str if cluster.executor == "local" else "this process"
         return f"# executor {cluster.executor}, no script; it runs:\n{command}\n"
@@ -121,7 +154,7 @@ class _SlurmExecutor(submitit.SlurmExecutor):  # type: ignore[misc]  # submitit 
         return 2
 
 
-def _executor(cluster: ClusterConfig, folder: Path, code: Path, name: str) -> Any:
+def _executor(cluster: ClusterConfig, folder: Path, code: Path, name: str, after: str | None = None) -> Any:
     setup = _setup(cluster, code)
     if cluster.executor == "debug":
         return submitit.DebugExecutor(folder=folder)
@@ -137,8 +170,16 @@ def _executor(cluster: ClusterConfig, folder: Path, code: Path, name: str) -> An
         "partition": cluster.partition, "account": cluster.account, "qos": cluster.qos,
         "constraint": cluster.constraint, "exclude": cluster.exclude, "exclusive": cluster.exclusive or None,
         "mem": None if cluster.memory_gb is None else f"{round(1024 * cluster.memory_gb)}M",
-        "gpus_per_node": cluster.gpus_per_node or None,
+        "gpus_per_node": cluster.gpus if cluster.gpus_by == "gpus-per-node" and cluster.gpus else None,
+        "gres": f"gpu:{cluster.gpus}" if cluster.gpus_by == "gres" and cluster.gpus else None,
     }  # fmt: skip
+    # A flag that is off isn't given: sbatch refuses --contiguous=False.
+    extra = {name: value for name, value in cluster.extra.items() if value is not False}
+    dependency = str(extra.pop("dependency", ""))
+    if after is not None:
+        dependency = ",".join(filter(None, [dependency, f"afterany:{after}"]))
+    if dependency:
+        extra["dependency"] = dependency
     executor.update_parameters(
         job_name=name,
         nodes=cluster.nodes,
@@ -147,12 +188,12 @@ def _executor(cluster: ClusterConfig, folder: Path, code: Path, name: str) -> An
         time=cluster.minutes,
         signal_delay_s=cluster.signal_delay,
         array_parallelism=cluster.parallel,
-        setup=setup,
+        setup=[*setup, *_forget(folder)],
         teardown=_teardown(cluster, folder),
         # One rank's failure ends the job at once, instead of leaving the others in a collective call.
         srun_args=["--kill-on-bad-exit=1"],
         # SLURM runs it again after a node's failure or a preemption.
-        additional_parameters={"requeue": True, **cluster.extra},
+        additional_parameters={"requeue" if cluster.requeue else "no-requeue": True, **extra},
         **{key: value for key, value in asked.items() if value is not None},
     )
     return executor
@@ -173,23 +214,61 @@ def _setup(cluster: ClusterConfig, code: Path) -> list[str]:
     ]
 
 
+def _forget(folder: Path) -> list[str]:
+    """Shell lines before the ranks: where marks of this job lie, and those of an earlier start taken away."""
+    return [
+        f"keel_job={shlex.quote(str(folder))}/"
+        "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}",
+        f'rm -f "$keel_job.{FAILED}" "$keel_job.{STAYS}"',
+    ]
+
+
 def _teardown(cluster: ClusterConfig, folder: Path) -> list[str]:
-    """Shell lines after the ranks: the requeue they asked for. Its own SIGTERM must not stop it half-way."""
+    """Shell lines after the ranks: the requeue they asked for, or that a killed one would have asked for.
+
+    A rank that NCCL aborts, or that is killed for memory, can ask for nothing: like the launcher of one
+    machine, the script then runs all of them again, unless a rank has said that it failed by itself. The
+    requeue's own SIGTERM must not stop it half-way. Where it stays away after all, `keel runs` can say why.
+    """
     where = f"{shlex.quote(str(folder))}/$SLURM_JOB_ID.{EXCLUDED}"
+    kills = "|".join(str(128 + number) for number in KILLS)
     return [
         "code=$?",
         "trap '' TERM CONT",
-        'again() { env --ignore-signal=TERM --ignore-signal=CONT scontrol "$@"; }',
-        f'if [ "$code" -eq {REQUEUE} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {cluster.max_restarts} ]; then',
-        f"    if bad=$(cat {where} 2>/dev/null); then",
-        '        again requeuehold "$SLURM_JOB_ID"',
-        '        again update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"',
-        '        again release "$SLURM_JOB_ID"',
-        "    else",
-        '        again requeue "$SLURM_JOB_ID"',
-        "    fi",
-        "fi",
+        f'stays() {{ echo "$1" >&2; echo "$1" > "$keel_job.{STAYS}"; }}',
+        "again() {",
+        '    said=$(env --ignore-signal=TERM --ignore-signal=CONT scontrol "$@" 2>&1) || stays "$said"',
+        "}",
+        "back=",
+        'case "$code" in',
+        f'{REQUEUE}) back=yes; rm -f "$keel_job.killed" ;;',
+        f'{kills}) if [ ! -e "$keel_job.{FAILED}" ]; then',
+        '    kills=$(cat "$keel_job.killed" 2>/dev/null)',
+        f'    if [ "$SECONDS" -ge {SOON} ]; then kills=0; fi',
+        "    kills=$((${kills:-0} + 1))",
+        '    echo "$kills" > "$keel_job.killed"',
+        f'    if [ "$kills" -le {QUICK_KILLS} ]; then back=yes',
+        f'    else stays "killed (exit code $code) $kills times within {SOON // 60} min of its start"; fi',
+        "fi ;;",
+        "esac",
+        'if [ -z "$back" ]; then :',
+        *([] if cluster.requeue else ['else stays "the cluster\'s file has requeue: false"; fi']),
+        *(_requeue(cluster, where) if cluster.requeue else []),
         'exit "$code"',
+    ]
+
+
+def _requeue(cluster: ClusterConfig, where: str) -> list[str]:
+    return [
+        f'elif [ "${{SLURM_RESTART_COUNT:-0}}" -ge {cluster.max_restarts} ]; then',
+        f'    stays "max_restarts, {cluster.max_restarts}, is used up"',
+        f"elif bad=$(cat {where} 2>/dev/null); then",
+        '    again requeuehold "$SLURM_JOB_ID"',
+        '    again update JobId="$SLURM_JOB_ID" ExcNodeList="$bad"',
+        '    again release "$SLURM_JOB_ID"',
+        "else",
+        '    again requeue "$SLURM_JOB_ID"',
+        "fi",
     ]
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Mapping
 from importlib.metadata import distributions
 from pathlib import Path
@@ -29,7 +30,8 @@ def take(into: Path) -> Path:
     folder = into / _digest(files)
     if folder.is_dir():
         return folder
-    beside = into / f".{folder.name}.{os.getpid()}"
+    # Another host, or a container, may have a process of the same number.
+    beside = into / f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
     try:
         shutil.rmtree(beside, ignore_errors=True)
         for name, path in files.items():

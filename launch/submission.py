@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from configs.errors import RunError
+from launch.places import writing
 from launch.run_shapes import submission
 from pretrain.folder import now, write_atomically
 
@@ -26,6 +27,12 @@ class Submission:
     code: str  # snapshot that the job runs
     history: Sequence[str] = ()  # ids of older jobs
     cancelled: str | None = None  # when the user asked that it stay away
+    site: str | None = None  # SLURM's name of the cluster that gave the id: another has the same ids
+    name: str | None = None  # the job's: ids are given away again some day
+
+    def is_of(self, cluster: str | None) -> bool:
+        """Whether `cluster`, as SLURM calls itself, can be asked about the job; True where it isn't known."""
+        return not self.site or not cluster or self.site == cluster
 
     @classmethod
     def of(cls, root: Path) -> Self | None:
@@ -47,7 +54,8 @@ class Submission:
         return cls(**(empty | {name: value for name, value in kept.items() if name in names}))
 
     def write(self, root: Path) -> None:
-        write_atomically(root / FILE, json.dumps(asdict(self), indent=1))
+        with writing(root / FILE):
+            write_atomically(root / FILE, json.dumps(asdict(self), indent=1))
 
     def cancel(self, root: Path) -> None:
         """Mark it, before the job is told: a job that sees the mark doesn't come back."""

@@ -8,15 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.errors import ConfigError, RunError, UserError
-from configs.loading import load
+from configs.loading import leaves, load
 from configs.sweep import Member, SweepConfig, members
 from launch.cluster import ClusterConfig
 from launch.early_stop import SWEEP
+from launch.figures import of_training
 from launch.job import DONE, STOPPED
+from launch.places import writing
 from launch.registry import Run, look
 from launch.same_sweep import recorded, require_distinct, require_same
 from launch.submit import dry_run, submit
@@ -35,6 +37,7 @@ class Planned:
     folder: Path
     config: RunConfig
     run: Run | None  # None where it has no folder yet
+    later: bool = False  # left for another submission, since only so many were asked for
 
     @property
     def state(self) -> str:
@@ -43,7 +46,8 @@ class Planned:
     @property
     def due(self) -> bool:
         """Whether it is to be submitted: never begun, or ended against its user's will."""
-        return self.run is None or self.run.state == "new" or self.run.resumable
+        wanted = self.run is None or self.run.state == "new" or self.run.resumable
+        return wanted and not self.later
 
 
 def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -52,8 +56,8 @@ def load_sweep(path: str, overrides: Sequence[str] = ()) -> SweepConfig:
     return sweep.model_copy(update={"dir": sweep.dir.expanduser().absolute()})
 
 
-def plan(sweep: SweepConfig) -> list[Planned]:
-    """Every member with its config and state.
+def plan(sweep: SweepConfig, at_most: int | None = None) -> list[Planned]:
+    """Every member with its config and state; `at_most` so many of them due.
 
     Raises `ConfigError` naming what is wrong in all of them, and `RunError` where DIR holds members that
     this sweep wouldn't make: of another sweep, or of this file as it was before.
@@ -81,9 +85,29 @@ def plan(sweep: SweepConfig) -> list[Planned]:
             "\n".join(torn)
             + "\nrestore them from a copy, or remove these runs, before they are submitted anew"
         )
-    return [
+    planned = [
         Planned(member, folder := sweep.dir / member.name, configs[member.name], runs.get(str(folder)))
         for member in found
+    ]
+    late = [] if at_most is None else [one for one in planned if one.due][at_most:]
+    return [replace(one, later=True) if one in late else one for one in planned]
+
+
+def remarks(sweep: SweepConfig, planned: Sequence[Planned]) -> list[str]:
+    """What isn't wrong and may still mislead."""
+    rule = sweep.early_stop
+    if rule is None or not of_training(rule.metric):
+        return []
+    seen: dict[str, set[str]] = {}
+    for one in planned:
+        for path, value in leaves(one.config.objective.model_dump(mode="json"), "objective"):
+            seen.setdefault(path, set()).add(repr(value))
+    differing = [path for path, values in seen.items() if len(values) > 1]
+    if not differing:
+        return []
+    return [
+        f"early_stop.metric: {', '.join(differing)} differs among the members, and {rule.metric} may depend "
+        "on it; an evaluation such as knn/top1 compares them"
     ]
 
 
@@ -92,7 +116,7 @@ def _refuse_impossible_rule(sweep: SweepConfig, configs: Sequence[RunConfig]) ->
     if rule is None:
         return
     name, _, _ = rule.metric.rpartition("/")
-    if not name or name == "objective":
+    if of_training(rule.metric):
         kinds = sorted({config.objective.name for config in configs})
         if len(kinds) > 1:
             raise ConfigError(
@@ -166,7 +190,8 @@ def write_record(sweep: SweepConfig, planned: Sequence[Planned]) -> None:
     """DIR/sweep.json: the sweep as submitted, with the overrides of each member, earlier ones included."""
     own = {one.member.name: {"config": one.member.config, **one.member.overrides} for one in planned}
     record = {**sweep.model_dump(mode="json"), "runs": {**recorded(sweep.dir), **own}}
-    write_atomically(sweep.dir / SWEEP, json.dumps(record, indent=1) + "\n")
+    with writing(sweep.dir):
+        write_atomically(sweep.dir / SWEEP, json.dumps(record, indent=1) + "\n")
 
 
 def run_here(folders: Sequence[Path], nproc: int, parallel: int, say: Say) -> int:

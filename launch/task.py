@@ -51,14 +51,27 @@ class Train:
     ranks: int
     gpus_per_node: int = 0
     excluded: str = ""  # nodes that the cluster's config rules out
+    submission: int = 0  # which one of the run's this is, counted from 1
 
     def __call__(self) -> dict[str, Any]:
-        here, root = slurm.place(), Path(self.root)
+        here = slurm.place()
+        try:
+            found = self._train(here)
+        except BaseException as error:
+            # The other ranks are killed for it, and the job's exit code may be theirs.
+            here.mark(slurm.FAILED, f"rank {here.rank}: {str(error).splitlines()[:1]}")
+            raise
+        for number in MEANING:  # what comes now comes too late: all is saved
+            signal.signal(number, signal.SIG_IGN)
+        return found
+
+    def _train(self, here: slurm.Place) -> dict[str, Any]:
+        root = Path(self.root)
         _hold_signals()
         self._require_allocation(here)
         Deadline(max(self.signal_delay - MARGIN, self.signal_delay / 2)).start()
         os.environ.update(here.environment())
-        if (mine := Incarnation.mine()) is not None:
+        if (mine := Incarnation.mine(self.submission)) is not None:
             if here.rank == 0:
                 mine.announce(root)
             leave_when_superseded(root, mine)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from configs.errors import RunError, UserError
+from configs.errors import RunError, UserError, fault_of_place
 from data_pipeline.load import Loader
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.stream import StreamLoader
@@ -75,7 +76,9 @@ def attempts(folder: RunFolder, config: RunConfig, here: Processes, outside: Out
         plan = Plan.of(config)
         processes.seed(config.run.seed)
         objective = plan.objective(here.world_size)
-        config.train.require_possible(objective)  # a job was prepared on another machine than this
+        config.train.require_possible(
+            objective, device=config.run.device
+        )  # a job was prepared on another machine than this
         beginning.begin(objective, folder, config.encoder)
         engine = make_engine(objective, plan, here)
         processes.seed(config.run.seed, per_rank=True)
@@ -99,9 +102,24 @@ def attempts(folder: RunFolder, config: RunConfig, here: Processes, outside: Out
             engine.close()
     except Exception as error:
         if here.main and number in (0, folder.newest_attempt()):  # not when another has taken over
-            last = str(error).splitlines()[:1] if isinstance(error, UserError) else [repr(error)]
-            folder.update_state(status="failed", heartbeat=now(), error=last[0] if last else "")
+            with trying("run.json couldn't be told of it"):
+                folder.update_state(status="failed", heartbeat=now(), error=_first_line(error))
         raise
+
+
+def _first_line(error: Exception) -> str:
+    known = fault_of_place(error) if isinstance(error, OSError) else None
+    lines = str(known or error).splitlines() if isinstance(known or error, UserError) else [repr(error)]
+    return lines[0] if lines else ""
+
+
+@contextmanager
+def trying(what: str) -> Iterator[None]:
+    """What is done on the way out of an error mustn't hide that error by another one: it is logged."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s: %r", what, error)
 
 
 def _attempt(
@@ -155,12 +173,13 @@ def _attempt(
 def _abandon(listeners: Sequence[Listener], error: BaseException) -> None:
     ill = isinstance(error, TroubleError)  # the same on every rank, and the run may go on
     for each in listeners:
-        if isinstance(each, tracking.Track):
-            each.fail("given up" if ill else "failed")
-        elif ill and isinstance(each, checkpoint.Checkpointer):
-            each.settle()
-        elif isinstance(error, TroubleError) and isinstance(each, Heartbeat):
-            each.end_attempt(error.kind)
+        with nullcontext() if ill else trying(f"{type(each).__name__} couldn't be ended"):
+            if isinstance(each, tracking.Track):
+                each.fail("given up" if ill else "failed")
+            elif ill and isinstance(each, checkpoint.Checkpointer):
+                each.settle()
+            elif isinstance(each, Heartbeat):
+                each.end_attempt(error.kind if isinstance(error, TroubleError) else "failed")
 
 
 def _hung(folder: RunFolder, here: Processes, outside: Outside, message: str) -> None:
@@ -277,7 +296,9 @@ def _listeners(
     hearers: list[Callable[[Progress, Scores], None]] = [track.evaluated]
     if config.evaluate:
         view = evaluation_view(plan.views[0], config.encoder.crop)
-        look = partial(trained_subject, engine, view=view, tokenizer=plan.data.tokenizer)
+        look = partial(
+            trained_subject, engine, view=view, tokenizer=plan.data.tokenizer, workers=config.data.workers
+        )
         record = folder.root / "evaluations.jsonl"
         listeners.append(
             Evaluate(

@@ -94,6 +94,10 @@ class KeepBest:
         if not math.isfinite(value):
             return False
         pinned = checkpoint.pins(self.run_dir).get(self.reason)
-        if pinned is None or not math.isfinite(pinned["value"]):
+        if (
+            pinned is None
+            or not isinstance(pinned["value"], int | float)
+            or not math.isfinite(pinned["value"])
+        ):
             return True
         return self.sign * value > self.sign * float(pinned["value"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -30,14 +32,28 @@ def from_main(compute: Callable[[], Result]) -> Result:
     box: list[tuple[Result | None, Exception | None]] = [(None, None)]
     if dist.get_rank() == 0:
         try:
-            box = [(compute(), None)]
+            box = [(_carried(compute()), None)]
         except Exception as error:
-            box = [(None, error)]
+            box = [(None, _carried(error, error))]
     dist.broadcast_object_list(box, src=0)
     result, failure = box[0]
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]
+
+
+def _carried(value: Result, failure: Exception | None = None) -> Any:
+    """`value` where other ranks can be told of it. What can't be pickled must not end rank 0 alone.
+
+    An error that can't is told by its traceback; raises TypeError for another value.
+    """
+    try:
+        pickle.loads(pickle.dumps(value))
+    except Exception as error:
+        if failure is None:
+            raise TypeError(f"{type(value).__name__} can't be sent to other ranks: {error}") from error
+        return RuntimeError("".join(traceback.format_exception(failure)))
+    return value
 
 
 def all_reduce_mean(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

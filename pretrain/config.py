@@ -16,7 +16,7 @@ from data_pipeline.types import ViewSpec
 from pretrain import objectives
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.encoders import EncoderConfig
-from pretrain.engines.config import EngineConfig
+from pretrain.engines.config import Device, EngineConfig, require_devices
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type
 from pretrain.health import HealthConfig
 from pretrain.optimizers import OptimizerConfig
@@ -37,6 +37,7 @@ class RunSection(Config):
     dir: Path  # one run, one folder; training on an existing one resumes it
     seed: int = pydantic.Field(0, ge=0, lt=2**31)
     threads: int = pydantic.Field(1, ge=1)  # CPU threads of a rank, the same for any number of ranks
+    device: Device = "auto"  # what ranks compute on; auto: GPUs where there are any
 
 
 class TrainSection(EngineConfig):
@@ -85,10 +86,28 @@ class RunConfig(Config):
         changes = {"run": run, "data": data, "encoder": self.encoder.placed(), "evaluate": evaluate}
         return self.model_copy(update=changes)
 
+    def require_devices(self, ranks: int, gpu: bool | None = None) -> None:
+        """Refuse what the devices can't do. `gpu`: whether ranks on other machines have one; None: here.
+
+        Raises `ConfigError`.
+        """
+        require_devices(self.run.device, ranks, gpu)
+        self.train.require_device(gpu, self.run.device)
+
     def views(self, image_size: tuple[int, int]) -> Sequence[ViewSpec]:
         """What the objective asks for, grey where the encoder takes one channel."""
         grey = self.encoder.channels == 1
         return [replace(view, grey=grey) for view in self.objective.views(image_size)]
+
+    @property
+    def slow_optimizer(self) -> tuple[str, str] | None:
+        """What is slow about the optimizer's place, and what to do; None where nothing is."""
+        if self.train.offload is None or self.run.threads > 1:
+            return None
+        return (
+            "train.offload: the optimizer steps on the host by run.threads=1, seconds a step for a ViT-L",
+            "set run.threads to the processors that a rank has",
+        )
 
     def micro_batch(self, world_size: int) -> tuple[int, int]:
         """(samples a rank takes at once, micro-batches a step).
@@ -113,7 +132,7 @@ class RunConfig(Config):
 
 
 MAY_CHANGE = (
-    "run.dir", "run.threads", "data.workers", "data.prefetch", "data.manifest", "data.cache",
+    "run.dir", "run.threads", "run.device", "data.workers", "data.prefetch", "data.manifest", "data.cache",
     "data.tokenizer.path",
     "data.max_broken", "train.micro_batch_size", "train.zero_stage", "train.activation_checkpointing",
     "train.compile", "train.offload", "train.stop_after", "train.time_limit",

@@ -37,14 +37,12 @@ from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import encoders, export_card, export_reopen
 from pretrain.encoders import EncoderConfig, registered, torchvision_compat
 from pretrain.export_card import Card, Story
+from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
 from pretrain.trained import read
 from pretrain.types import Weights
 
 Format = Literal["timm", "hf"]
 """What an exported encoder is opened as, by the check and by its card: a folder, or a hub's model."""
-
-TOLERANCE = 1e-5
-"""Largest absolute difference of a float32 feature between the trained encoder and the reopened one."""
 
 LOWEST_TIMM = "1.0.20"
 """Oldest timm whose local-dir reader was seen to open these folders."""
@@ -70,10 +68,6 @@ class ExportResult:
     parameters: int
     max_difference: float  # of features and tokens, fresh process against the trained encoder
     remarks: tuple[str, ...] = ()  # what is otherwise than the run had it, or couldn't be compared
-
-
-class ExportMismatchError(RuntimeError):
-    """The reopened folder doesn't compute what the trained encoder does."""
 
 
 def export(
@@ -102,7 +96,7 @@ def write(backbone: Backbone, to: Path, *, form: Format = "timm", force: bool = 
     """Write, verify in a fresh process, and only then give the folder its name.
 
     Raises `RunError` where `to` is taken (with `force` an older export is replaced), `ExportMismatchError`
-    where the reopened model differs by `TOLERANCE` or more. On any failure what was there stays untouched.
+    where the reopened model differs (`export_check`). On any failure what was there stays untouched.
     """
     with folder_for(to, force=force) as partial:
         with writing_to(to):
@@ -194,7 +188,8 @@ def _imports(backbone: Backbone) -> list[str]:
 def verify(backbone: Backbone, folder: Path, form: Format = "timm") -> float:
     """Open `folder` in a fresh process and compare; the largest absolute difference of any output.
 
-    Raises `ExportMismatchError` where it is `TOLERANCE` or more, or where the folder doesn't open.
+    Raises `RunError` where the encoder itself isn't finite, `ExportMismatchError` where the difference is
+    `export_check.TOLERANCE` or more, or where the folder doesn't open.
     """
     view = backbone.view
     images = torch.randn(2, view.channels, *view.size, generator=torch.Generator().manual_seed(0))
@@ -207,17 +202,8 @@ def verify(backbone: Backbone, folder: Path, form: Format = "timm") -> float:
             "tokens": export_reopen.tokens(encoder, images),
         }
     encoder.train(was_training)
-    got = _reopened(folder, images, form)
-    difference = 0.0
-    for name, value in expected.items():
-        if got[name].shape != value.shape:
-            raise ExportMismatchError(
-                f"{name}: {tuple(got[name].shape)} reopened, {tuple(value.shape)} trained"
-            )
-        difference = max(difference, float((got[name] - value).abs().max()))
-    if not difference < TOLERANCE:  # so that NaN fails too
-        raise ExportMismatchError(f"outputs differ by {difference:.2e}, allowed is less than {TOLERANCE:.0e}")
-    return difference
+    require_finite(dict(encoder.named_parameters()) | expected)
+    return largest_difference(expected, _reopened(folder, images, form))
 
 
 def _reopened(folder: Path, images: Tensor, form: Format = "timm") -> dict[str, Tensor]:

@@ -30,16 +30,9 @@ from configs.errors import RunError
 from data_pipeline.tokenize import open_tokenizer
 from pretrain import encoders, export_card
 from pretrain.encoders.text import QuickGELU, TextTower
-from pretrain.export import (
-    TOLERANCE,
-    ExportMismatchError,
-    ExportResult,
-    folder_for,
-    require_importable,
-    save_weights,
-    writing_to,
-)
+from pretrain.export import ExportResult, folder_for, require_importable, save_weights, writing_to
 from pretrain.export_card import Card, Story
+from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
 from pretrain.trained import Trained, read, read_objective
 
 CAPTIONS = (
@@ -117,13 +110,13 @@ def _image_tower(pair: Pair, trained: Trained) -> tuple[dict[str, Tensor], dict[
     # One switch for both towers; a tower of timm's is as timm has it.
     common = {"embed_dim": pair.text.text_projection.shape[1], "quick_gelu": _quick(pair)}
     if linear is not None and encoders.is_vit(pair.encoder) and pair.encoder.attn_pool is None:
+        weights, vision = _vit(pair.encoder)
         if _activation(pair.encoder) != pair.text.config.activation:
             raise RunError(
                 f"encoder: its activation is {_activation(pair.encoder)}, the text tower's "
                 f"{pair.text.config.activation}, and open_clip has one of gelu and quick_gelu for both "
                 "towers; export with --format timm"
             )
-        weights, vision = _vit(pair.encoder)
         return weights | {"visual.proj": linear.T}, {**common, "vision_cfg": {**vision, "image_size": size}}
     weights = {f"visual.trunk.{name}": value for name, value in pair.encoder.state_dict().items()}
     if linear is not None:
@@ -268,6 +261,7 @@ def _verify(pair: Pair, trained: Trained, folder: Path) -> tuple[float, Tensor |
     tokens = _encoded(trained)
     with torch.no_grad():
         expected = {"images": pair.embed_images(images), "texts": pair.embed_texts(tokens)}
+    require_finite(expected)
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"images": images, "tokens": tokens}, inputs)
@@ -281,12 +275,7 @@ def _verify(pair: Pair, trained: Trained, folder: Path) -> tuple[float, Tensor |
     theirs, cleaned = got.get("tokens"), _encoded(trained, cleaning="clip")
     if theirs is not None and (wrong := _unlike(_ended(theirs), cleaned)):
         raise ExportMismatchError(f"open_clip's tokenizer cuts {wrong[0]!r} otherwise")
-    difference = max(float((got[name] - value).abs().max()) for name, value in expected.items())
-    if not difference < TOLERANCE:  # so that NaN fails too
-        raise ExportMismatchError(
-            f"embeddings differ by {difference:.2e}, allowed is less than {TOLERANCE:.0e}"
-        )
-    return difference, theirs
+    return largest_difference(expected, got), theirs
 
 
 def _encoded(trained: Trained, **changes: str) -> Tensor:

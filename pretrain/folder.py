@@ -5,8 +5,9 @@ RUN/config.yaml  run.json  metrics.jsonl  checkpoints/  logs/  pictures/  export
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -20,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import RunError
+from data_pipeline.files import write_whole
+from data_pipeline.locks import locked
 from pretrain.types import Progress, StepReport, StopReason
+
+log = logging.getLogger(__name__)
+
+SPARE = 64 << 10
+"""Bytes that a run keeps, so that it can say how it ended although its disk is full."""
 
 RECORDED_PACKAGES = ("keel", "torch", "deepspeed", "timm", "accelerate", "webdataset", "wandb", "numpy")
 
@@ -64,6 +72,11 @@ class RunFolder:
         """The encoder's weights that the run began with, where `encoder.weights` named some."""
         return self.root / "start.safetensors"
 
+    @property
+    def spare(self) -> Path:
+        """Bytes to be given up for run.json where the disk is full."""
+        return self.root / ".spare"
+
     def exists(self) -> bool:
         return self.config_file.is_file()
 
@@ -79,6 +92,8 @@ class RunFolder:
             ) from error
         try:
             (self.root / ".lock").open("a").close()
+            if not self.spare.is_file():
+                write_whole(self.spare, os.urandom(SPARE))  # not zeros, which a file system may not store
         except OSError as error:
             raise RunError(
                 f"run.dir: {self.root} can't be written to: {error.strerror}; "
@@ -97,9 +112,19 @@ class RunFolder:
         return state
 
     def update_state(self, **changes: Any) -> dict[str, Any]:
-        """Change keys of run.json, atomically. Only the holder of the lease writes."""
+        """Change keys of run.json, atomically. Only the holder of the lease writes.
+
+        Raises OSError, with the file's name, where that can't be, not even in the room that is kept for it.
+        """
         state = self.read_state() | changes
-        write_atomically(self.state_file, json.dumps(state, indent=1) + "\n")
+        text = json.dumps(state, indent=1) + "\n"
+        try:
+            write_atomically(self.state_file, text)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.spare.exists():
+                raise
+            self.spare.unlink()
+            write_atomically(self.state_file, text)
         return state
 
     def newest_attempt(self) -> int:
@@ -129,23 +154,27 @@ class RunFolder:
         """
         with (self.root / ".lock").open("a+") as file:
             deadline = time.monotonic() + patience
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        file.seek(0)
-                        holder = file.read().strip() or "another process"
-                        raise RunError(
-                            f"{self.root}: is being trained by {holder}; "
-                            "wait for it, stop it, or set another run.dir"
-                        ) from None
-                    time.sleep(0.1)
+            while (got := locked(file, wait=False)) is False:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip() or "another process"
+                    raise RunError(
+                        f"{self.root}: is being trained by {holder}; "
+                        "wait for it, stop it, or set another run.dir"
+                    )
+                time.sleep(0.1)
+            if got is None:
+                log.warning(
+                    "%s: its file system has no locks (flock), so nothing keeps a second keel train away; "
+                    "an older attempt still can't publish a checkpoint over a newer one's", self.root,
+                )  # fmt: skip
             file.seek(0)
             file.truncate()
             file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            try:
+                file.flush()
+            except OSError as error:
+                raise _of(self.root / ".lock", error) from error
             yield
 
 
@@ -154,11 +183,13 @@ class Heartbeat:
 
     def __init__(self, folder: RunFolder, attempt: Mapping[str, Any], every_seconds: float = 10.0) -> None:
         self.folder, self.every, self.last = folder, every_seconds, 0.0
+        self.progress: Progress | None = None
         self.attempts = [*folder.read_state().get("attempts", []), dict(attempt) | {"started": now()}]
         # What an earlier attempt failed of is in the logs; the run itself is well again.
         folder.update_state(status="running", heartbeat=now(), attempts=self.attempts, error="")
 
     def after_step(self, report: StepReport) -> None:
+        self.progress = report.progress
         if time.monotonic() - self.last >= self.every:
             self.last = time.monotonic()
             progress = report.progress
@@ -166,9 +197,12 @@ class Heartbeat:
             self.folder.update_state(heartbeat=now(), step=progress.step, samples=progress.samples)
 
     def end_attempt(self, reason: str) -> None:
-        """This attempt is given up, and the run isn't."""
+        """This attempt is given up, at the step that it has come to; nothing where another has taken over."""
+        if self.folder.newest_attempt() > self.attempts[-1]["attempt"]:
+            return
         self.attempts[-1] |= {"ended": now(), "reason": reason}
-        self.folder.update_state(heartbeat=now(), attempts=self.attempts)
+        at = {} if self.progress is None else {"step": self.progress.step, "samples": self.progress.samples}
+        self.folder.update_state(heartbeat=now(), attempts=self.attempts, **at)
 
     def finish(self, progress: Progress, reason: StopReason) -> None:
         self.attempts[-1] |= {"ended": now(), "reason": reason}
@@ -188,13 +222,21 @@ def now() -> str:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a part.
+
+    Raises OSError with the file's name; then nothing is left beside it.
+    """
+    if not path.parent.is_dir():  # a run whose folder was removed meanwhile isn't to make it again
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise _of(path, error) from error
+
+
+def _of(path: Path, error: OSError) -> OSError:
+    """The same error, saying whose it is: a write that fails doesn't."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def provenance() -> dict[str, Any]:

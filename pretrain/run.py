@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +26,8 @@ from pretrain.health import StopRequest
 from pretrain.plan import Plan
 from pretrain.types import StopReason
 
+log = logging.getLogger(__name__)
+
 DemoProgress = Callable[[int, int], None]
 
 
@@ -43,15 +46,17 @@ def prepare(
     `UserError`.
     """
     config = config.placed()
+    if not loading.is_text(str(config.run.dir)):  # by the folder that this was called from
+        raise RunError(f"run.dir: {config.run.dir}: a part of its path isn't UTF-8; choose another place")
     config.micro_batch(world_size)
-    config.train.require_device(gpu)  # before demo data are made
+    config.require_devices(world_size, gpu)  # before demo data are made
     folder = RunFolder(config.run.dir)
     if folder.exists():
         if fork is not None:
             raise RunError(f"run.dir: {folder.root} is a run already, and a fork is a new one; set another")
         _refuse_another_run(folder, config)
     best.require_known(config.checkpoint, config.evaluate)
-    make_missing(config.data, progress)
+    make_missing(config.data, config.run.dir, progress)
     plan = Plan.of(config)
     consumed = plan.total_steps * config.train.batch_size
     plan.data.require(config.objective.needs, world_size=world_size, seed=config.run.seed, samples=consumed)
@@ -61,7 +66,7 @@ def prepare(
     with torch.device("meta"):
         objective = plan.objective(world_size)
     plan.require_different_samples()
-    config.train.require_possible(objective, gpu)
+    config.train.require_possible(objective, gpu, config.run.device)
     config.optimizer.require_possible(config.train.zero_stage)
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)
@@ -117,7 +122,9 @@ def train(folder: RunFolder, stop: StopRequest, console: TextIO | None = None, *
     """
     config = loading.load(folder.config_file, RunConfig)
     torch.set_num_threads(config.run.threads)
-    here = processes.start()
+    here = processes.start(config.run.device)
+    if here.main and (slow := config.slow_optimizer):
+        log.warning("%s; %s", *slow)
     try:
         with folder.lease() if here.main else nullcontext():
             return attempts(folder, config, here, Outside(stop, console, **outside))

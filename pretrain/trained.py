@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ class Trained:
         return [
             (row["samples"], row["loss"])
             for row in rows
-            if row["step"] <= self.step and row.get("loss") is not None
+            if row["step"] <= self.step and math.isfinite(row.get("loss") or math.nan)
         ]
 
 

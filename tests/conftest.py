@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-if os.environ.get("KEEL_GPU") != "1":  # set by make gpu-check
-    os.environ["DS_ACCELERATOR"] = "cpu"
+if os.environ.get("KEEL_GPU") != "1":  # set by make gpu-check; elsewhere a GPU would be half used
+    os.environ.update(DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
 os.environ.update(OMP_NUM_THREADS="1", WANDB_MODE="offline")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that tests can import tests.forkserver
 

@@ -67,7 +67,14 @@ class EncoderConfig(Config):
     def placed(self) -> EncoderConfig:
         """The same with an absolute path to weights, also to those that are gone by now."""
         path = Path(self.weights or "").expanduser()
-        if self.weights is None or not (path.exists() or len(path.parts) > 1 or path.suffix in _FILES):
+        if self.weights is not None and self.weights.startswith("local-dir:"):
+            path = Path(self.weights.removeprefix("local-dir:")).expanduser()
+            return self.model_copy(update={"weights": f"local-dir:{path.absolute()}"})
+        if (
+            self.weights is None
+            or self.weights.startswith(("hf-hub:", "hf_hub:"))
+            or not (path.exists() or len(path.parts) > 1 or path.suffix in _FILES)
+        ):
             return self
         return self.model_copy(update={"weights": str(path.absolute())})
 

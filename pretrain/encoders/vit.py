@@ -124,9 +124,11 @@ def initialise_as_mae(modules: Iterable[nn.Module]) -> None:
             nn.init.zeros_(module.bias)
 
 
-def has_class_feature(encoder: VisionTransformer) -> bool:
-    """Whether the feature is the class token's, as of CLIP's own image towers."""
-    return encoder.cls_token is not None and encoder.global_pool == "token" and encoder.attn_pool is None
+def is_laid_out_as_open_clips(encoder: VisionTransformer) -> bool:
+    """Whether it is a tower such as open_clip makes itself: linear patches, plain blocks, a class token."""
+    pools_by_class = encoder.cls_token is not None and encoder.global_pool == "token"
+    plain = type(encoder.patch_embed) is PatchEmbed and all(type(block) is Block for block in encoder.blocks)
+    return pools_by_class and encoder.attn_pool is None and plain
 
 
 def initialise_as_open_clip(encoder: VisionTransformer) -> None:

@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.errors import RunError
-from pretrain.encoders import positions, registered
+from pretrain.encoders import hub, positions, registered
 from pretrain.encoders.positions import Grid
 
 
@@ -297,21 +297,17 @@ def _converted_clip(encoder: nn.Module, visual: dict[str, Tensor]) -> dict[str, 
 def _of_timm(encoder: nn.Module, source: str) -> _Source:
     import timm
 
-    path = Path(source).expanduser()
-    name = f"local-dir:{path.absolute()}" if path.is_dir() else source
-    if name == source and not timm.is_model(source):
-        raise RunError(
-            f"encoder.weights: {source} is neither a file, nor a folder, nor a name that timm knows; "
-            "check the path, or see timm.list_pretrained()"
-        )
-    if path.is_dir():
-        _bring(path)
+    folder = hub.folder_of(source)
+    if folder is not None:
+        _bring(folder)
+    name = hub.timm_name(source, "encoder.weights: ")
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        with hub.hub_within_reach(name):
+            model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm raises whatever its downloader, its readers or the model raise
-        reason = " ".join(str(error).split())[:300]
         raise RunError(
-            f"encoder.weights: timm can't open {source}: {reason}; check the name and the network"
+            f"encoder.weights: timm can't open {source}: {hub.why(name, error)}; "
+            "check the name and the network"
         ) from error
     return _Source(model.state_dict(), Loaded("timm's"), model, positions.grid_of(model))
 

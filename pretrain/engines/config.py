@@ -16,6 +16,35 @@ from configs.loading import Config
 from pretrain.engines.blocks import blocks
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def on_gpu(device: Device) -> bool:
+    """Whether ranks of this machine compute on GPUs."""
+    return device == "cuda" or (device == "auto" and torch.cuda.is_available())
+
+
+def require_devices(device: Device, ranks: int, gpu: bool | None = None) -> None:
+    """Refuse ranks that wouldn't have a device of their own. Raises `ConfigError`.
+
+    `ranks`: of this machine; `gpu`: whether they will have GPUs where they run on other machines, whose
+    number is the cluster's to know; None where they run on this one.
+    """
+    if gpu is not None:
+        if device == "cuda" and not gpu:
+            raise ConfigError("run.device: cuda, and the cluster's gpus_per_node is 0; use auto or cpu")
+        return
+    if not on_gpu(device):
+        return
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not there:
+        raise ConfigError("run.device: cuda, and torch sees no GPU here; use auto or cpu")
+    if ranks > there:
+        count = "one GPU is" if there == 1 else f"{there} GPUs are"
+        raise ConfigError(
+            f"--nproc: {ranks} ranks, each with a GPU of its own, and {count} here; use --nproc {there}, or "
+            "run.device=cpu to train on the processor"
+        )
 
 
 class EngineConfig(Config):
@@ -35,23 +64,26 @@ class EngineConfig(Config):
     def autocast(self) -> torch.dtype | None:
         return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
-    def require_device(self, gpu: bool | None = None) -> None:
+    def require_device(self, gpu: bool | None = None, device: Device = "auto") -> None:
         """Refuse a precision that the ranks' devices don't compute in. Raises `ConfigError`.
 
         `gpu`: whether ranks have one, where they run on other machines; None where they run on this one.
         """
-        if self.precision != "fp16" or (torch.cuda.is_available() if gpu is None else gpu):
+        if self.precision != "fp16" or (on_gpu(device) if gpu is None else gpu and device != "cpu"):
             return
         where = "none is here" if gpu is None else "the cluster's gpus_per_node is 0"
+        where = "run.device is cpu" if device == "cpu" else where
         raise ConfigError(f"train.precision: fp16 needs a GPU, and {where}; use bf16 or fp32")
 
-    def require_possible(self, objective: nn.Module, gpu: bool | None = None) -> None:
+    def require_possible(
+        self, objective: nn.Module, gpu: bool | None = None, device: Device = "auto"
+    ) -> None:
         """Refuse, before a process group starts, what can't be done where it will run. Raises `ConfigError`.
 
         `objective` may be on the meta device. `gpu`: see `require_device`; of other machines nothing else
         is known.
         """
-        self.require_device(gpu)
+        self.require_device(gpu, device)
         if self.offload and self.zero_stage == 0:
             raise ConfigError(
                 "train.offload: optimizer needs train.zero_stage of 1, 2 or 3, found 0: "

@@ -8,6 +8,7 @@ depends neither on the number of ranks nor on the ZeRO stage nor on the layout o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-KNOWN_DEEPSPEED = ("0.19",)
-"""Minor versions whose private names were checked."""
+from configs.errors import RunError
+
+KNOWN_DEEPSPEED = ("0.19.8", "0.20")
+"""From this version on and below that one private names were checked: they change within a minor version."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,18 @@ class Replica:
 def require_known_deepspeed() -> None:
     """Refuse a DeepSpeed whose internals nobody has checked, before it can corrupt a checkpoint."""
     found = version("deepspeed")
-    if ".".join(found.split(".")[:2]) not in KNOWN_DEEPSPEED:
-        raise RuntimeError(
-            f"deepspeed {found} is unknown to keel, whose checkpoints read its private names; known: "
-            f"{', '.join(f'{v}.x' for v in KNOWN_DEEPSPEED)}. Run tests/pretrain/engines against it, then "
-            "add it to pretrain.engines.fragments.KNOWN_DEEPSPEED."
+    first, beyond = KNOWN_DEEPSPEED
+    if not _numbers(first) <= _numbers(found) < _numbers(beyond):
+        raise RunError(
+            f"deepspeed {found} is unknown to keel, whose checkpoints read its private names; install one "
+            f"from {first} on and below {beyond}, or run tests/pretrain/engines against this one and then "
+            "change pretrain.engines.fragments.KNOWN_DEEPSPEED"
         )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """0.19.8+cu130 is (0, 19, 8)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -19,6 +19,8 @@ from accelerate.logging import MultiProcessAdapter, get_logger
 from accelerate.utils import set_seed
 from torch import nn
 
+from pretrain.engines.config import Device, on_gpu, require_devices
+
 TIMEOUT = timedelta(minutes=30)
 """Longer than the longest work that rank 0 does alone (evaluation, publishing a checkpoint)."""
 
@@ -42,12 +44,15 @@ class Processes:
         return self.rank == 0
 
 
-def start(device: str | None = None, timeout: timedelta = TIMEOUT) -> Processes:
+def start(device: Device = "auto", timeout: timedelta = TIMEOUT) -> Processes:
     """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe.
 
-    Without them this process is alone. `device`: "cpu" or "cuda"; by default CUDA where there is one.
+    Without them this process is alone. `device`: "cpu" or "cuda"; "auto" is CUDA where there is one. Raises
+    `ConfigError` where this rank has no GPU of its own.
     """
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = "cuda" if on_gpu(device) else "cpu"
+    if kind == "cuda":
+        require_devices(device, 1 + int(os.environ.get("LOCAL_RANK", "0")))
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         _stand_alone()
     options: dict[str, object] = {"timeout": timeout}

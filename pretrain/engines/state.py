@@ -188,14 +188,20 @@ def require_equal_replicas(engine: Any, group: dist.ProcessGroup, *, frozen: boo
 
 
 def _fingerprint(tensor: Tensor) -> Tensor:
-    """() int64 on the tensor's device, of every bit and its place: a sum with odd weights, modulo 2^64."""
+    """() int64 on the tensor's device, of every bit and its place: a sum with odd weights, modulo 2^64.
+
+    The weights are scrambled places: with evenly spaced ones +1, -2, +1 would go unseen.
+    """
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     flat = flat.detach().reshape(-1)
     found = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for number, part in enumerate(flat.view(whole[flat.element_size()]).split(2**20)):
-        place = torch.arange(len(part), device=tensor.device) + number * 2**20
-        found += (part.to(torch.int64) * (2 * place * 0x1E3779B97F4A7C15 + 1)).sum()
+    for number, part in enumerate(torch.split(flat.view(whole[flat.element_size()]), 2**20)):
+        place = torch.arange(1, len(part) + 1, device=tensor.device) + number * 2**20
+        place *= 0x1E3779B97F4A7C15
+        place ^= place >> 31
+        place *= 0x3F58476D1CE4E5B9
+        found += (part.to(torch.int64) * (place | 1)).sum()
     return found
 
 

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from configs.errors import RunError
+from data_pipeline.hashing import Int64s
+
 
 @dataclass(frozen=True)
 class Features:
@@ -27,19 +30,44 @@ class Features:
         return Features(self.values[index], self.labels[index])
 
 
+class NotFiniteError(RunError):
+    """What a model gives isn't finite: it can't be judged. Raised on every rank alike."""
+
+
+def require_finite(rows: Tensor, what: str) -> None:
+    """`rows`: (N, ...), the same on every rank. Raises `NotFiniteError`, which says how many are ill.
+
+    A NaN in a comparison or a list to sort isn't told apart from a good answer, so that it mustn't get there.
+    """
+    ill = int((~torch.isfinite(rows).flatten(1).all(dim=1)).sum())
+    if ill:
+        raise NotFiniteError(
+            f"{what}: {ill} of {len(rows)} aren't finite numbers: training has diverged; judge an earlier "
+            "checkpoint (--step), or train with a lower rate"
+        )
+
+
 def fixed_fifth(features: Features, seed: int = 0) -> tuple[Features, Features]:
-    """Cut a labelled set class by class: four fifths to learn from, a fifth (at least one) to judge."""
-    learn, judge = [], []
-    labels = features.labels.cpu().numpy()
+    """Cut a labelled set class by class: four fifths to learn from, a fifth (at least one) to judge.
+
+    The only sample of a class is learnt from and not judged.
+    """
+    learn, judge = fifth_of(features.labels.cpu().numpy(), seed)
+    device = features.labels.device
+    return features.pick(torch.from_numpy(learn).to(device)), features.pick(
+        torch.from_numpy(judge).to(device)
+    )
+
+
+def fifth_of(labels: Int64s, seed: int = 0) -> tuple[Int64s, Int64s]:
+    """`fixed_fifth` of (N,) labels: numbers of samples to learn from and to judge, each rising."""
+    learn, judge = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for label in np.unique(labels):
         members = np.random.default_rng([seed, int(label)]).permutation(np.flatnonzero(labels == label))
-        held = max(1, len(members) // 5)
+        held = max(1, len(members) // 5) if len(members) > 1 else 0
         judge.append(members[:held])
         learn.append(members[held:])
-    return tuple(  # type: ignore[return-value]
-        features.pick(torch.from_numpy(np.sort(np.concatenate(part))).to(features.labels.device))
-        for part in (learn, judge)
-    )
+    return np.sort(np.concatenate(learn)), np.sort(np.concatenate(judge))
 
 
 def standardised(learn: Features, judge: Features) -> tuple[Features, Features]:

@@ -15,10 +15,10 @@ import pydantic
 import torch
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
 from pretrain import collectives
 from pretrain.evaluators.features import Features, standardised
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
+from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Labels, Subject
 from pretrain.types import Scores
 
 Array = np.ndarray[Any, Any]
@@ -31,6 +31,7 @@ class FewShotConfig(EvaluatorConfig):
     """How many labels a class, how many draws, and the fixed inverse L2 strength."""
 
     needs_labels: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
 
     kind: str = "few_shot"
     shots: tuple[pydantic.PositiveInt, ...] = (1, 5, 10)
@@ -40,6 +41,20 @@ class FewShotConfig(EvaluatorConfig):
 
     def build(self) -> Evaluator:
         return FewShot(self)
+
+    def _require_learnable(self, learn: Labels, judge: Labels) -> None:
+        super()._require_learnable(learn, judge)
+        most = max(self.shots)
+        few = [(count, label) for label, count in learn.counts().items() if count < most]
+        if few:
+            count, label = min(few)
+            others = f" ({len(few)} classes have too few)" if len(few) > 1 else ""
+            raise ConfigError(
+                f"evaluate.{self.title}.shots: found {most}, but {learn.name(label)} has {count} labelled "
+                f"images to learn from{others}; set shots to {count} or less, or give more images of it"
+            )
+        if len(learn.counts()) < 2:
+            raise DataError(f"evaluate.{self.title}: one class to learn from; a classifier needs two or more")
 
 
 @dataclass(frozen=True)

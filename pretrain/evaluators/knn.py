@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from configs.errors import ConfigError
 from pretrain import collectives
 from pretrain.evaluators.features import Features
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
+from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Labels, Subject
 from pretrain.types import Scores
+
+_LEAST = -80.0
+"""Logarithm of the smallest vote against the nearest neighbour's: what float32 holds."""
 
 _SIMILARITIES = 2**26
 """Most similarities held at once (256 MiB of float32)."""
@@ -27,6 +31,7 @@ class KNNConfig(EvaluatorConfig):
     """Weighted kNN: the neighbours' number and the temperature of their votes."""
 
     needs_labels: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
 
     kind: str = "knn"
     k: pydantic.PositiveInt = 20
@@ -34,6 +39,14 @@ class KNNConfig(EvaluatorConfig):
 
     def build(self) -> Evaluator:
         return KNN(self)
+
+    def _require_learnable(self, learn: Labels, judge: Labels) -> None:
+        super()._require_learnable(learn, judge)
+        if self.k > len(learn.numbers):
+            raise ConfigError(
+                f"evaluate.{self.title}.k: found {self.k}, but there are {len(learn.numbers)} labelled "
+                f"images to be neighbours; set k to {len(learn.numbers)} or less"
+            )
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class KNN:
         rank, size = collectives.rank(), collectives.ranks()
         own = judge.pick(torch.arange(rank, len(judge), size, device=judge.labels.device))
         ranking = vote(learn, own.values, k=self.config.k, temperature=self.config.temperature)
-        right = ranking[:, :5] == own.labels.unsqueeze(1)
+        right = ranking[:, :5] == own.labels.unsqueeze(1)  # -1 is nobody's label
         hits = collectives.total(torch.stack([right[:, 0].sum(), right.any(dim=1).sum()])).double()
         top1, top5 = (100 * hits / len(judge)).tolist()
         values = {"top1": top1, "top5": top5} if ranking.shape[1] > 5 else {"top1": top1}
@@ -53,7 +66,7 @@ class KNN:
 
 
 def vote(bank: Features, queries: Tensor, *, k: int, temperature: float) -> Tensor:
-    """Classes of (Q, D) `queries` from most to least voted for: (Q, C) int64.
+    """Classes of (Q, D) `queries` from most to least voted for: (Q, C) int64, -1 behind those with a vote.
 
     Works through the queries in pieces, so that memory stays bounded whatever the size of the bank.
     """
@@ -63,6 +76,9 @@ def vote(bank: Features, queries: Tensor, *, k: int, temperature: float) -> Tens
         near, index = (piece @ neighbours.T).topk(min(k, len(bank)), dim=1)
         votes = near.new_zeros(len(piece), bank.classes)
         # Relative to the nearest: the votes rank alike, and nothing overflows at a small temperature.
-        votes.scatter_add_(1, bank.labels[index], ((near - near[:, :1]) / temperature).exp())
-        ranking.append(votes.argsort(dim=1, descending=True, stable=True))
+        # Bounded below, so that a neighbour far away still has a vote.
+        weights = ((near - near[:, :1]) / temperature).clamp(min=_LEAST).exp()
+        votes.scatter_add_(1, bank.labels[index], weights)
+        votes, classes = votes.sort(dim=1, descending=True, stable=True)
+        ranking.append(classes.masked_fill(votes == 0, -1))
     return torch.cat(ranking)

@@ -16,9 +16,10 @@ import pydantic
 import torch
 from torch import Tensor
 
+from configs.errors import ConfigError
 from pretrain import collectives
 from pretrain.evaluators.features import Features, fixed_fifth, standardised
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
+from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Labels, Subject
 from pretrain.types import Scores
 
 
@@ -26,6 +27,7 @@ class LinearConfig(EvaluatorConfig):
     """SGD with momentum 0.9 and a cosine schedule; every learning rate trains a classifier of its own."""
 
     needs_labels: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
 
     kind: str = "linear"
     learning_rates: tuple[pydantic.PositiveFloat, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # at batch 256
@@ -37,6 +39,14 @@ class LinearConfig(EvaluatorConfig):
 
     def build(self) -> Evaluator:
         return Linear(self)
+
+    def _require_learnable(self, learn: Labels, judge: Labels) -> None:
+        super()._require_learnable(learn, judge)
+        if len(self.learning_rates) > 1 and not learn.names_of(lambda count: count > 1):
+            raise ConfigError(
+                f"evaluate.{self.title}.learning_rates: found {len(self.learning_rates)}, but no class has "
+                "two images to learn from, one of them to choose a rate by; give one rate, or more images"
+            )
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pydantic
 import torch
 from torch import Tensor, nn
 
+from configs.errors import ConfigError, DataError
+from data_pipeline.captions import places
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import captions_in_order
 from pretrain import collectives
+from pretrain.evaluators.features import require_finite
 from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
 from pretrain.evaluators.zero_shot import image_text, require_tokenizer
 from pretrain.types import Scores
@@ -39,6 +43,30 @@ class RetrievalConfig(EvaluatorConfig):
     def require_possible(self, objective: nn.Module) -> None:
         """Refuse an objective without a text tower. Raises `ConfigError`."""
         image_text(objective, self.title)
+
+    def require_data(self) -> None:
+        """Refuse images without a caption where the sidecars can tell. Raises `UserError`."""
+        super().require_data()
+        [path] = self.manifests()
+        manifest = Manifest.load(path)
+        leading = places(self.captions, manifest.fields)
+        if not leading:
+            raise ConfigError(
+                f"evaluate.{self.title}.captions: found {', '.join(self.captions)}, but {path} has the "
+                f"fields {', '.join(manifest.fields)}; name one that holds captions, or json.KEY"
+            )
+        wanted = {place.field for place in leading}
+        for number, shard in enumerate(manifest.shards):
+            index = manifest.index(number)
+            columns = [column for column, name in enumerate(index.fields) if name in wanted]
+            captioned = np.zeros(len(index), bool)
+            captioned[index.sample_of[np.isin(index.field_of, columns)]] = True
+            if not captioned.all():
+                key = index.key(int(captioned.argmin()))
+                raise DataError(
+                    f"{path}: {shard.name}: sample {key!r} has no caption ({', '.join(sorted(wanted))}); "
+                    f"give each image one, or judge by another set than evaluate.{self.title}.data"
+                )
 
     def build(self) -> Evaluator:
         return Retrieval(self)
@@ -94,9 +122,13 @@ class Retrieval:
             images += [objective.embed_images(b.views[0]) for b in subject.batches(path)]
             tokens = torch.from_numpy(tokenizer.encode_all([*texts, "none"])).to(subject.device)
             embedded = [objective.embed_texts(part) for part in torch.split(tokens, subject.batch_size)]
+        of_images = collectives.gather_uneven(torch.cat(images))
+        of_texts = collectives.gather_uneven(torch.cat(embedded)[: len(texts)])
+        require_finite(of_images, f"{path}: embeddings of images")
+        require_finite(of_texts, f"{path}: embeddings of captions")
         return Pairs(
-            collectives.gather_uneven(torch.cat(images)),
-            collectives.gather_uneven(torch.cat(embedded)[: len(texts)]),
+            of_images,
+            of_texts,
             collectives.gather_uneven(torch.tensor(owners, dtype=torch.int64, device=subject.device)),
         )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -14,8 +16,11 @@ from configs.errors import ConfigError
 from data_pipeline.tokenize import Tokenizer
 from data_pipeline.types import ViewSpec
 from pretrain import collectives, encoders
+from pretrain.evaluators.features import NotFiniteError
 from pretrain.evaluators.subject import EvaluatorConfig, Subject
 from pretrain.types import Engine, Objective, Progress, Scores, StepReport, StopReason
+
+log = logging.getLogger(__name__)
 
 
 class Evaluate:
@@ -59,7 +64,7 @@ class Evaluate:
         if not due:
             return
         with self.look() as subject:
-            scores = [evaluation.build()(subject) for evaluation in due]
+            scores = list(_judged(due, subject, progress))
         self.done |= {(progress.step, evaluation.title) for evaluation in due}
         # Nobody goes on before rank 0 is done: the others would seem to hang in their next step.
         collectives.from_main(lambda: self._tell(progress, scores))
@@ -69,6 +74,16 @@ class Evaluate:
             write(self.record, progress, score)
             if self.tell is not None:
                 self.tell(progress, score)
+
+
+def _judged(evaluations: Sequence[EvaluatorConfig], subject: Subject, progress: Progress) -> Iterator[Scores]:
+    """Scores of those that can be made: that a run has diverged is for the watch over its losses to say."""
+    for evaluation in evaluations:
+        try:
+            yield evaluation.build()(subject)
+        except NotFiniteError as error:
+            if collectives.rank() == 0:
+                log.warning("step %d: no figure of %s: %s", progress.step, evaluation.title, error)
 
 
 @contextmanager
@@ -110,23 +125,37 @@ def write(record: Path, progress: Progress, scores: Scores) -> None:
     """
     row = {
         "step": progress.step, "samples": progress.samples, "name": scores.kind,
-        "values": dict(scores.values), "details": dict(scores.details),
+        "values": jsonable(scores.values), "details": dict(scores.details),
     }  # fmt: skip
     with record.open("a+b", buffering=0) as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
         torn = file.read(1) not in (b"", b"\n")
-        file.write(("\n" * torn + json.dumps(row) + "\n").encode())
+        file.write(("\n" * torn + json.dumps(row, allow_nan=False) + "\n").encode())
+
+
+def jsonable(values: Mapping[str, float]) -> dict[str, float | None]:
+    """Figures as JSON has them: null for what isn't finite."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def read(record: Path) -> list[dict[str, Any]]:
-    """Every whole line of evaluations.jsonl, oldest first; empty where there is none."""
+    """Every whole line of evaluations.jsonl, oldest first; empty where there is none.
+
+    A figure that wasn't finite is NaN.
+    """
     if not record.is_file():
         return []
     rows = []
     for line in record.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
-        except ValueError:  # a line cut short by a kill: that evaluation is simply done again
-            continue
+            row = json.loads(line)
+            values = {name: _figure(value) for name, value in row["values"].items()}
+            rows.append(row | {"step": int(row["step"]), "name": str(row["name"]), "values": values})
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue  # cut short by a kill, or no score: that evaluation is simply done again
     return rows
+
+
+def _figure(value: Any) -> float:
+    return math.nan if value is None else float(value)

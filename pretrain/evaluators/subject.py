@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,15 +18,20 @@ from torch import Tensor, nn
 
 from configs.errors import DataError
 from configs.loading import Config
+from data_pipeline.hashing import Int64s
+from data_pipeline.labels import labels_of
 from data_pipeline.load import sequential
 from data_pipeline.manifest import Manifest
-from data_pipeline.read import LABEL_FIELDS
 from data_pipeline.tokenize import Tokenizer
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
 from pretrain import collectives
-from pretrain.evaluators.features import Features, fixed_fifth
+from pretrain.evaluators.features import Features, fifth_of, fixed_fifth, require_finite
 from pretrain.types import Duration, Objective, Scores
+
+log = logging.getLogger(__name__)
+
+_MANY = 100_000  # classes that a vote or a classifier over all of them still bears
 
 Advance = Callable[[int], None]
 """Called with the number of samples just encoded, for progress bars."""
@@ -50,7 +56,10 @@ class Subject:
     _seen: dict[Path, Features] = field(default_factory=dict, repr=False, compare=False)
 
     def features(self, manifest: Path) -> Features:
-        """Frozen features of every sample of `manifest`. Collective: all ranks call it together."""
+        """Frozen features of every sample of `manifest`. Collective: all ranks call it together.
+
+        Raises `NotFiniteError`.
+        """
         if manifest not in self._seen:
             self._seen[manifest] = self._extract(manifest)
         return self._seen[manifest]
@@ -63,13 +72,18 @@ class Subject:
                 labels.append(torch.full_like(batch.index, -1) if batch.target is None else batch.target)
         own = torch.cat(values) if values else self._no_features()
         target = torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64, device=self.device)
-        return Features(collectives.gather_uneven(own), collectives.gather_uneven(target))
+        found = Features(collectives.gather_uneven(own), collectives.gather_uneven(target))
+        require_finite(found.values, f"{manifest}: the encoder's features")
+        return found
 
     def batches(self, manifest: Path) -> Iterator[Batch]:
         """The rank's own contiguous part of the set in its own order, normalised, on the device."""
         rank, size = collectives.rank(), collectives.ranks()
+        data = Manifest.load(manifest)
+        # Starting workers takes longer than to decode a batch or two.
+        workers = self.workers if data.samples > 2 * self.batch_size * size else 0
         for batch in sequential(
-            manifest, self.view, batch_size=self.batch_size, rank=rank, world_size=size, workers=self.workers
+            data, self.view, batch_size=self.batch_size, rank=rank, world_size=size, workers=workers
         ):
             yield self.shown(batch)
             if self.advance is not None:
@@ -131,6 +145,33 @@ class RawPixels(nn.Module):
         return images.flatten(1)
 
 
+@dataclass(frozen=True)
+class Labels:
+    """Classes of some samples, and what they are called."""
+
+    numbers: Int64s  # (N,)
+    classes: Sequence[str]  # of the set; empty where they have no names
+
+    def name(self, number: int) -> str:
+        return repr(self.classes[number]) if number < len(self.classes) else f"class {number}"
+
+    def counts(self) -> dict[int, int]:
+        """Number of a class -> its samples, for classes that have any."""
+        numbers, counts = np.unique(self.numbers, return_counts=True)
+        return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+    def names_of(self, wanted: Callable[[int], bool]) -> list[str]:
+        """Classes whose number of samples is `wanted`."""
+        return [self.name(number) for number, count in self.counts().items() if wanted(count)]
+
+
+def several(names: Sequence[str]) -> str:
+    """One class, or how many there are and the first few."""
+    if len(names) == 1:
+        return f"a class ({names[0]})"
+    return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+
+
 class Evaluator(Protocol):
     """Judges a frozen model. Collective: every rank calls it and gets the same scores."""
 
@@ -146,6 +187,7 @@ class EvaluatorConfig(Config, ABC):
     """
 
     needs_labels: ClassVar[bool] = False
+    learns: ClassVar[bool] = False  # from the labels of one part of the data, and is judged on another
 
     kind: str
     name: str | None = None  # under which the scores are logged; the kind where it isn't given
@@ -176,10 +218,19 @@ class EvaluatorConfig(Config, ABC):
         """
 
     def require_data(self) -> None:
-        """Refuse data that can't be used, before a run starts or a model is opened. Raises `UserError`."""
+        """Refuse data that can't be used, before a run starts or a model is opened. Raises `UserError`.
+
+        Says what can be judged only in part.
+        """
+        loaded = self._manifests()
+        if self.needs_labels and (labels := [labels_of(manifest) for manifest in loaded]):
+            self._require_labels(loaded[-1], [each for each in labels if each is not None])
+
+    def _manifests(self) -> list[Manifest]:
+        """Those in `manifests()`. Raises `UserError` where one has no labels, or other classes."""
         loaded = {path: Manifest.load(path) for path in self.manifests()}
         for path, manifest in loaded.items():
-            if self.needs_labels and not set(LABEL_FIELDS) & set(manifest.fields):
+            if self.needs_labels and not manifest.labelled:
                 raise DataError(f"{path}: has no class labels, which {self.title} needs")
         (learn, first), (judge, last) = next(iter(loaded.items())), list(loaded.items())[-1]
         if self.needs_labels and first.classes and last.classes and first.classes != last.classes:
@@ -187,17 +238,61 @@ class EvaluatorConfig(Config, ABC):
                 f"{judge}: its {len(last.classes)} classes aren't the {len(first.classes)} of {learn}, which "
                 f"{self.title} learns from; index both with the same --classes"
             )
+        return list(loaded.values())
+
+    def _require_labels(self, manifest: Manifest, found: Sequence[Int64s]) -> None:
+        """`found`: labels of the sets in `manifests()`, as far as they can be known without their shards."""
+        if not self.learns or len(found) < len(self.manifests()):
+            return
+        learn, judge = found[0], found[-1]
+        if len(found) == 1:
+            learn, judge = (found[0][part] for part in fifth_of(found[0]))
+        self._require_learnable(Labels(learn, manifest.classes), Labels(judge, manifest.classes))
+        single = Labels(found[0], manifest.classes).names_of(lambda count: count == 1)
+        if len(found) == 1 and single:
+            log.warning(
+                "evaluate.%s: %s: %s with one image only: it is learnt from and not judged",
+                *(self.title, manifest.path, several(single)),
+            )
+        missing = sorted(set(judge.tolist()) - set(learn.tolist()))
+        if missing:
+            log.warning(
+                "evaluate.%s: %s: %s without an image to learn from: each of its images counts as wrong",
+                *(
+                    self.title,
+                    manifest.path,
+                    several([Labels(judge, manifest.classes).name(n) for n in missing]),
+                ),
+            )
+
+    def _require_learnable(self, learn: Labels, judge: Labels) -> None:
+        """Refuse labels that it can't learn from. Raises `UserError`. Kinds ask for more."""
+        highest = int(max(part.numbers.max(initial=0) for part in (learn, judge)))
+        if highest >= max(_MANY, 2 * (len(learn.numbers) + len(judge.numbers))):
+            raise DataError(
+                f"evaluate.{self.title}: {self.manifests()[-1]}: has labels up to {highest}, more than it "
+                "has images: identifiers, for each of which a class would be made; number them anew with "
+                "keel data pack --labels-as-names"
+            )
+        if not len(judge.numbers) or not set(learn.numbers.tolist()) & set(judge.numbers.tolist()):
+            raise DataError(
+                f"evaluate.{self.title}: {self.manifests()[-1]}: no class has an image to learn from and "
+                "another to be judged on; give two images or more of a class, or labelled=MANIFEST to "
+                "learn from"
+            )
 
     @abstractmethod
     def build(self) -> Evaluator: ...
 
     def learn_and_judge(self, subject: Subject) -> tuple[Features, Features]:
         """Features to learn from and features to be judged on. Raises `DataError` where one has no labels."""
-        self.require_data()
+        self._manifests()
         *learn, judge = self.manifests()
-        if not learn:
-            return fixed_fifth(subject.features(judge))
-        return subject.features(learn[0]), subject.features(judge)
+        judged = subject.features(judge)
+        parts = (subject.features(learn[0]), judged) if learn else fixed_fifth(judged)
+        classes = Manifest.load(judge).classes
+        self._require_learnable(*(Labels(part.labels.cpu().numpy(), classes) for part in parts))
+        return parts
 
     def manifests(self) -> list[Path]:
         """The manifests it reads: to learn from (where it isn't part of the other), to be judged on."""

@@ -18,12 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs.errors import ConfigError, DataError
+from data_pipeline.classes import read_classes
+from data_pipeline.hashing import Int64s
 from data_pipeline.manifest import Manifest
 from data_pipeline.tokenize import Tokenizer
 from data_pipeline.types import Batch
 from pretrain import collectives
+from pretrain.evaluators.features import NotFiniteError, require_finite
 from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject, mean_over_set
 from pretrain.types import Scores
+
+_ILL = "not finite"
 
 
 @runtime_checkable
@@ -76,6 +81,11 @@ class ZeroShotConfig(EvaluatorConfig):
         [path] = self.manifests()
         self.prompts(), self.names(Manifest.load(path))
 
+    def _require_labels(self, manifest: Manifest, found: Sequence[Int64s]) -> None:
+        names = self.names(manifest)
+        if found and (highest := int(found[-1].max())) >= len(names):
+            raise DataError(f"{manifest.path}: has label {highest}, but only {len(names)} classes are named")
+
     def build(self) -> Evaluator:
         return ZeroShot(self)
 
@@ -94,6 +104,19 @@ class ZeroShotConfig(EvaluatorConfig):
     def names(self, manifest: Manifest) -> Sequence[str]:
         """What each label is called. Raises `ConfigError` or `DataError`, also where a label has no name."""
         names = self._names(manifest)
+        labels: dict[str, int] = {}
+        for number, name in enumerate(names):
+            if name != name.encode(errors="replace").decode():  # of a folder in another encoding
+                raise ConfigError(
+                    f"evaluate.{self.title}.classes: {self.classes or manifest.path}: label {number} is "
+                    f"called {name!a}, which isn't UTF-8 text; give a file with a name for each label"
+                )
+            if labels.setdefault(name, number) != number:
+                raise ConfigError(
+                    f"evaluate.{self.title}.classes: {self.classes or manifest.path}: labels {labels[name]} "
+                    f"and {number} are both called {name!r}, which no prompt can tell apart; name each label "
+                    "differently"
+                )
         if manifest.classes and len(names) != len(manifest.classes):
             raise ConfigError(
                 f"evaluate.{self.title}.classes: {self.classes} names {len(names)} classes, "
@@ -110,11 +133,13 @@ class ZeroShotConfig(EvaluatorConfig):
                 )
             return manifest.classes
         where = f"evaluate.{self.title}.classes"
-        text = _read(self.classes, where)
         if self.classes.suffix != ".json":
-            return [line.strip() for line in text.splitlines() if line.strip()]
+            try:
+                return read_classes(self.classes)
+            except DataError as error:
+                raise ConfigError(f"{where}: {error}") from None
         try:
-            names = json.loads(text)
+            names = json.loads(_read(self.classes, where))
         except ValueError:
             raise ConfigError(f"{where}: {self.classes}: isn't JSON") from None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -130,7 +155,7 @@ def _require_places(templates: Sequence[str]) -> None:
 
 def _read(path: Path, where: str) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         told = error.strerror if isinstance(error, OSError) else "isn't UTF-8"
         raise ConfigError(f"{where}: {path}: can't be read: {told}") from error
@@ -155,7 +180,9 @@ def text_embeddings(subject: Subject, texts: Sequence[str], title: str) -> Tenso
         # A rank without a text still has to know the width: it embeds one and keeps none.
         tokens = torch.from_numpy(tokenizer.encode_all(own or texts[:1])).to(subject.device)
         parts = [objective.embed_texts(part) for part in torch.split(tokens, subject.batch_size)]
-    return collectives.gather_uneven(torch.cat(parts)[: len(own)])
+    found = collectives.gather_uneven(torch.cat(parts)[: len(own)])
+    require_finite(found, f"evaluate.{title}: embeddings of texts")
+    return found
 
 
 def require_tokenizer(subject: Subject, title: str) -> Tokenizer:
@@ -178,18 +205,26 @@ class ZeroShot:
 
         def judge(batch: Batch) -> dict[str, Tensor]:
             assert batch.target is not None
-            if int(batch.target.max()) >= len(names):
+            if int(batch.target.max()) >= len(
+                names
+            ):  # of a remote set, whose labels weren't looked at before
                 raise DataError(
                     f"{path}: has label {int(batch.target.max())}, but only {len(names)} classes are named"
                 )
-            ranking = (objective.embed_images(batch.views[0]) @ classes.T).topk(min(5, len(names))).indices
+            embedded = objective.embed_images(batch.views[0])
+            ranking = (embedded @ classes.T).topk(min(5, len(names))).indices
             right = ranking == batch.target[:, None]
-            found = {"top1": 100.0 * right[:, 0].float().mean()}
+            found = {"top1": 100.0 * right[:, 0].float().mean(), _ILL: (~embedded.isfinite()).float().sum()}
             if len(names) > 5:
                 found["top5"] = 100.0 * right.any(dim=1).float().mean()
             return found
 
         values = mean_over_set(subject, path, judge)
+        if values.pop(_ILL):
+            raise NotFiniteError(
+                f"{path}: embeddings of images aren't finite numbers: training has diverged; judge an "
+                "earlier checkpoint (--step), or train with a lower rate"
+            )
         return Scores(title, values, {"classes": len(names), "templates": len(templates)})
 
     def class_embeddings(self, subject: Subject, names: Sequence[str], templates: Sequence[str]) -> Tensor:

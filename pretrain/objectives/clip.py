@@ -115,7 +115,7 @@ class CLIP(WholeBatchObjective):
         self.config, self.autocast_dtype = config, context.autocast
         self.micro_batch_size = context.micro_batch_size
         self.encoder = convert(context.encoder, *parse(config.batch_norm))
-        if encoders.is_vit(self.encoder) and vit.has_class_feature(self.encoder):
+        if encoders.is_vit(self.encoder) and vit.is_laid_out_as_open_clips(self.encoder):
             vit.initialise_as_open_clip(self.encoder)
         self.image_projection: nn.Module = nn.Identity()
         if config.projection:

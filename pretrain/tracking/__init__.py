@@ -128,7 +128,8 @@ class Track:
         clock: Callable[[], float] = time.time,
     ) -> None:
         """`beside` gives more of rank 0's figures for a row that is due, such as the loader's counts."""
-        self.trackers, self.every, self.attempt = trackers, max(1, every_steps), attempt
+        self.trackers: Sequence[Tracker] = trackers
+        self.every, self.attempt = max(1, every_steps), attempt
         self.before, self.beside, self.clock = start, beside, clock
         self.told: dict[str, float] = {}
         self.waited = self.seconds = 0.0
@@ -160,13 +161,23 @@ class Track:
                 tracker.pictures(progress.step, scores.pictures)
 
     def fail(self, status: str = "failed") -> None:
-        """The run ends by an error, or its attempt is given up."""
-        for tracker in self.trackers:
-            tracker.finish(status)
+        """The run ends by an error, or its attempt is given up; those that have ended hear nothing of it."""
+        self._end(status)
 
     def finish(self, progress: Progress, reason: StopReason) -> None:
-        for tracker in self.trackers:
-            tracker.finish(reason)
+        self._end(reason)
+
+    def _end(self, status: str) -> None:
+        """Each tracker once, all of them although one fails; raises the first failure at the end."""
+        failures: list[Exception] = []
+        left, self.trackers = self.trackers, ()
+        for tracker in left:
+            try:
+                tracker.finish(status)
+            except Exception as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _row(self, report: StepReport) -> dict[str, float | int]:
         progress, steps = report.progress, max(1, report.progress.step - self.before.step)

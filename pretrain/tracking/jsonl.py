@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from configs.errors import RunError
+from data_pipeline.files import published
 from pretrain.types import Progress, Scores
 
 
@@ -22,13 +25,21 @@ class Jsonl:
     """Appends rows to a file, and writes pictures as PNG beside it."""
 
     def __init__(self, path: Path, picture_folder: Path) -> None:
-        self.picture_folder = picture_folder
+        self.path, self.picture_folder = path, picture_folder
         # O_APPEND with one write a row: a kill leaves whole rows, and other processes may follow the file.
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
 
     def log(self, row: Mapping[str, float | int]) -> None:
-        line = json.dumps({name: _jsonable(value) for name, value in row.items()}, allow_nan=False)
-        os.write(self.file, line.encode() + b"\n")
+        text = json.dumps({name: _jsonable(value) for name, value in row.items()}, allow_nan=False)
+        line = text.encode() + b"\n"
+        before = os.fstat(self.file).st_size
+        try:
+            if os.write(self.file, line) < len(line):  # the disk had room for a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self.file, before)  # half a row would spoil the file for every later attempt
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def evaluated(self, progress: Progress, scores: Scores) -> None:
         """Evaluations have a file of their own."""
@@ -39,13 +50,20 @@ class Jsonl:
         for name, image in images.items():
             pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
             target = self.picture_folder / f"step-{step:08d}-{name}.png"
-            beside = target.with_name(f".{target.name}.{os.getpid()}")
-            Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(beside, format="PNG")
-            beside.replace(target)
+            with published(target) as file:
+                Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, format="PNG")
 
     def finish(self, status: str) -> None:
-        os.fsync(self.file)
-        os.close(self.file)
+        """Flush to disk and close; a second time nothing, for the number may be another file's by then."""
+        file, self.file = self.file, -1
+        if file < 0:
+            return
+        try:
+            os.fsync(file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        finally:
+            os.close(file)
 
 
 def _jsonable(value: float | int) -> float | int | None:

@@ -13,15 +13,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Fault = str | None
-"""reset, error, short, wrong, stall, or None for a good answer."""
+"""reset, error (503), a status ("403"; "429 7": try again in 7 s), short, wrong, stall; None: good."""
 
 
 class FaultyServer:
-    """Serves the files of a folder; `faults(path, n)` says what goes wrong with the nth request of a path."""
+    """Serves the files of a folder; `faults(path, n)` says what goes wrong with the nth request of a path.
 
-    def __init__(self, folder: Path, faults: Callable[[str, int], Fault]):
-        self.folder, self.faults = folder, faults
+    `heads` does so for HEAD requests.
+    """
+
+    def __init__(self, folder: Path, faults: Callable[[str, int], Fault], heads: Callable[[str, int], Fault]):
+        self.folder, self.faults, self.heads = folder, faults, heads
         self.asked: Counter[str] = Counter()  # GET requests of each path
+        self.heads_asked: Counter[str] = Counter()
         self.served: Counter[str] = Counter()  # whole good answers
         self.lock = threading.Lock()
         outer = self
@@ -47,12 +51,18 @@ class FaultyServer:
         file = self.folder / name
         with self.lock:
             self.asked[name] += body
-            fault = self.faults(name, self.asked[name]) if body else None
+            self.heads_asked[name] += not body
+            fault = self.faults(name, self.asked[name]) if body else self.heads(name, self.heads_asked[name])
         if not file.is_file():
             request.send_error(404)
             return
-        if fault == "error":
-            request.send_error(503)
+        status, _, later = ("503" if fault == "error" else fault or "").partition(" ")
+        if status.isdecimal():
+            request.send_response(int(status))
+            if later:
+                request.send_header("Retry-After", later)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
             return
         data = file.read_bytes()
         request.send_response(200)
@@ -80,9 +90,11 @@ class FaultyServer:
 
 @contextmanager
 def faulty_server(
-    folder: Path, faults: Callable[[str, int], Fault] = lambda *_: None
+    folder: Path,
+    faults: Callable[[str, int], Fault] = lambda *_: None,
+    heads: Callable[[str, int], Fault] = lambda *_: None,
 ) -> Iterator[FaultyServer]:
-    server = FaultyServer(folder, faults)
+    server = FaultyServer(folder, faults, heads)
     thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:

@@ -18,9 +18,9 @@ from configs.errors import DataError
 from data_pipeline.captions import drawn, places, texts
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.index import Index, index_shard, sealed
-from data_pipeline.indexing import expanded
 from data_pipeline.load import sequential
 from data_pipeline.manifest import Manifest, Shard, save_index
+from data_pipeline.patterns import expanded
 from data_pipeline.read import Reader
 from data_pipeline.shards import write_shard
 from data_pipeline.tokenize import Tokenizer, TokenizerConfig, train

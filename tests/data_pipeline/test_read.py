@@ -77,8 +77,7 @@ def test_a_shard_that_shrinks_while_open_is_truncated(manifest: Manifest) -> Non
 
 def test_one_changed_byte_is_found(manifest: Manifest) -> None:
     index = manifest.index(1)
-    column = index.fields.index("png")
-    at = int(index.offsets[2, column]) + 40
+    at = index.place(2, "png")[0] + 40
     with manifest.shard_path(1).open("r+b") as file:
         file.seek(at)
         byte = file.read(1)[0]

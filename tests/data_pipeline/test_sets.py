@@ -251,15 +251,15 @@ def test_shards_of_others_are_indexed_where_they_lie(tmp_path: Path) -> None:
 def test_an_interrupted_indexing_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     numbered_set(tmp_path / "shards", [3, 4, 5])
     read: list[str] = []
-    real = indexing.index_shard
+    real = indexing.survey
 
-    def counted(path: Path) -> object:
+    def counted(path: Path, split: str) -> object:
         read.append(path.name)
         if len(read) == 3:
             raise KeyboardInterrupt
         return real(path)
 
-    monkeypatch.setattr(indexing, "index_shard", counted)
+    monkeypatch.setattr(indexing, "survey", counted)
     patterns = [str(tmp_path / "shards" / "*.tar")]
     with pytest.raises(KeyboardInterrupt):
         indexing.index(patterns, tmp_path / "list")
@@ -288,10 +288,10 @@ def test_planted_damage_is_all_found(tmp_path: Path) -> None:
     assert len(verify(manifest).findings) == 4
     paths = [manifest.shard_path(n) for n in range(4)]
     header, cut, byte = (path.read_bytes() for path in paths[:3])
-    second = int(manifest.index(0).offsets[1].min()) - 512
+    second = min(manifest.index(0).row(1).offsets) - 512
     paths[0].write_bytes(header[:second] + b"?" + header[second + 1 :])
     paths[1].write_bytes(cut[:4000])
-    place = int(manifest.index(2).offsets[3].max()) + 30
+    place = max(manifest.index(2).row(3).offsets) + 30
     paths[2].write_bytes(byte[:place] + bytes([byte[place] ^ 1]) + byte[place + 1 :])
     paths[3].unlink()
     report = verify(manifest, processes=2)

@@ -184,6 +184,12 @@ def test_marks_of_open_clips_own_in_a_caption_are_mere_text() -> None:
     assert reference(["a <end_of_text> b"])[0].tolist().count(49407) == 2
 
 
+def test_openai_cannot_be_left_uncleaned() -> None:
+    assert TokenizerConfig(path="openai", cleaning="clip").cleaning == "clip"
+    with pytest.raises(ValueError, match="openai's captions are always cleaned as CLIP's; leave it out"):
+        TokenizerConfig(path="openai", cleaning="strip")
+
+
 def test_cleaning_without_the_extra_says_what_to_install(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ftfy", None)
     with pytest.raises(ConfigError, match=r"data.tokenizer.cleaning: clip: needs the package ftfy; install"):

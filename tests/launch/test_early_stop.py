@@ -34,6 +34,7 @@ TOP1 = EarlyStop(rule="median", metric="knn/top1", rungs=(0.5,), least=3)
         (LOSS, 3.0, [1.0, 2.0, 4.0], True),
         (LOSS, 1.0, [1.0, 1.0, 1.0], False),
         (LOSS, float("nan"), [], True),
+        (LOSS, 1.0, [float("nan"), float("nan"), float("nan")], False),
         (LOSS.model_copy(update={"reduction": 4.0}), 2.0, [1.0, 3.0, 4.0], True),
         # accuracy: more is better; a median wants three others
         (TOP1, 10.0, [50.0, 60.0], False),
@@ -48,6 +49,10 @@ TOP1 = EarlyStop(rule="median", metric="knn/top1", rungs=(0.5,), least=3)
         # the direction can be told
         (TOP1.model_copy(update={"best_is": "lowest"}), 10.0, [50.0, 60.0, 70.0], False),
         (LOSS.model_copy(update={"best_is": "highest"}), 1.0, [9.0], True),
+        # who has diverged is the worst, wherever it stands among the others
+        (TOP1, 10.0, [float("nan"), 50.0, 60.0, 70.0], True),
+        (TOP1, 10.0, [50.0, 60.0, 70.0, float("nan")], True),
+        (TOP1, 10.0, [float("nan"), float("nan"), float("nan")], False),
     ],
 )
 def test_the_rules(rule: EarlyStop, value: float, others: list[float], expected: bool) -> None:

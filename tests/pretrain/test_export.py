@@ -18,6 +18,7 @@ from data_pipeline.transform import center_view
 from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import encoders, export, export_card
 from pretrain.encoders import EncoderConfig
+from pretrain.export_check import ExportMismatchError
 
 timm = pytest.importorskip("timm")
 
@@ -153,7 +154,7 @@ def test_what_does_not_verify_is_never_published(tmp_path: Path, monkeypatch: py
         return config
 
     monkeypatch.setattr(export, "timm_config", forgetful)
-    with pytest.raises(export.ExportMismatchError, match="outputs differ by"):
+    with pytest.raises(ExportMismatchError, match="outputs differ by"):
         export.write(CASES["class token"], to, force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert [p.name for p in to.iterdir()] == ["config.json"], "the older export was touched"
@@ -161,8 +162,22 @@ def test_what_does_not_verify_is_never_published(tmp_path: Path, monkeypatch: py
 
 def test_a_network_that_does_not_open_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "timm_config", lambda subject: {"architecture": "no_such_model"})
-    with pytest.raises(export.ExportMismatchError, match="can't open the export"):
+    with pytest.raises(ExportMismatchError, match="can't open the export"):
         export.write(CASES["class token"], tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("value", [float("nan"), 2.5e19])
+def test_a_diverged_encoder_is_not_exported(tmp_path: Path, value: float) -> None:
+    """A NaN in one weight, and finite weights whose features aren't: told, not passed as "no difference"."""
+    subject = backbone("vit_tiny_patch16_224", TINY)
+    with torch.no_grad():
+        for block in subject.encoder.blocks:  # type: ignore[union-attr]
+            block.attn.qkv.weight.fill_(value)
+            block.mlp.fc1.weight.fill_(value), block.mlp.fc2.weight.fill_(value)
+    with pytest.raises(RunError, match="aren't finite numbers: training has diverged; take an earlier"):
+        export.write(subject, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -217,8 +217,13 @@ def test_the_first_weights_of_another_image_tower_are_timms() -> None:
     from pretrain.objectives.clip import CLIPConfig
 
     config = CLIPConfig.model_validate({"width": 64, "text": TEXT})
-    args = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "class_token": False}
-    for name, arguments in (("vit_tiny_patch16_224", args | {"global_pool": "avg"}), ("resnet18", {})):
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    for name, arguments in (
+        ("vit_tiny_patch16_224", args | {"class_token": False, "global_pool": "avg"}),
+        ("vit_small_patch16_18x2_224", args),  # two attentions side by side
+        ("vit_tiny_r_s16_p8_224", {"embed_dim": 32, "depth": 1, "num_heads": 2}),  # patches by a ResNet
+        ("resnet18", {}),
+    ):
         encoder = encoders.build(EncoderConfig(name=name, args=arguments), (32, 32))
         before = {key: value.clone() for key, value in encoder.state_dict().items()}
         config.build(BuildContext(encoder, (32, 32), 100, 8, None))

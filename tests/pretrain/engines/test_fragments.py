@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import tomllib
+from pathlib import Path
+
 import pytest
 import torch
+from deepspeed.runtime.zero import stage_1_and_2
 from torch import nn
 
+from configs.errors import RunError
 from pretrain.engines import fragments, processes
 from tests.conftest import Ranks
 from tests.pretrain.engines.tiny import engine_of, train
 
 
-def test_an_unknown_deepspeed_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    fragments.require_known_deepspeed()
-    monkeypatch.setattr(fragments, "version", lambda name: "0.99.1")
+@pytest.mark.parametrize("version", ["0.99.1", "0.20.0", "0.19.7", "0.19", "0.9.10", "1.0"])
+def test_an_unknown_deepspeed_is_refused_with_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """0.19.7 and older lack `_wait_for_offload_copies`: a run would fail in its first step."""
+    monkeypatch.setattr(fragments, "version", lambda name: version)
     with pytest.raises(
-        RuntimeError, match=r"deepspeed 0.99.1 is unknown.*0.19.x.*Run tests/pretrain/engines"
+        RunError, match=rf"deepspeed {version} is unknown.*from 0.19.8 on.*tests/pretrain/engines"
     ):
         fragments.require_known_deepspeed()
+
+
+def test_the_known_deepspeeds_are_those_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    fragments.require_known_deepspeed()
+    for known in ("0.19.8", "0.19.8+cu130", "0.19.12"):
+        monkeypatch.setattr(fragments, "version", lambda name, known=known: known)
+        fragments.require_known_deepspeed()
+    wanted = tomllib.loads(Path("pyproject.toml").read_text())["project"]["dependencies"]
+    first, beyond = fragments.KNOWN_DEEPSPEED
+    assert f"deepspeed>={first},<{beyond}" in wanted
+    assert hasattr(stage_1_and_2.DeepSpeedZeroOptimizer, "_wait_for_offload_copies")
 
 
 def coverage(stage: int) -> dict[str, list[tuple[int, int]]]:

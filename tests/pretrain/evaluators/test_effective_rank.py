@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pretrain.evaluators.effective_rank import EffectiveRankConfig, effective_rank
-from pretrain.evaluators.subject import Subject
+from pretrain.evaluators.features import NotFiniteError
+from pretrain.evaluators.few_shot import FewShotConfig
+from pretrain.evaluators.knn import KNNConfig
+from pretrain.evaluators.linear import LinearConfig
+from pretrain.evaluators.subject import EvaluatorConfig, Subject
 
 
 def test_counts_directions_of_equal_strength() -> None:
@@ -26,6 +31,24 @@ def test_scale_does_not_matter_and_a_collapse_shows() -> None:
     assert effective_rank(1e4 * features) == pytest.approx(float(effective_rank(features)), rel=1e-6)
     assert effective_rank(features[:10]) <= 10.01
     assert effective_rank(torch.ones(100, 16)) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("config", [EffectiveRankConfig, KNNConfig, LinearConfig, FewShotConfig])
+def test_features_that_are_not_finite_are_a_line(
+    digits: Path, pixels: Subject, config: type[EvaluatorConfig]
+) -> None:
+    """Neither a traceback out of a decomposition nor a figure at chance."""
+
+    def diverged(images: torch.Tensor) -> torch.Tensor:
+        features = images[:, 0, ::8, ::8].flatten(1)
+        features[::3, 1] = float("inf")
+        return features
+
+    ill = replace(pixels, encode=diverged, _seen={})
+    with pytest.raises(
+        NotFiniteError, match=r"manifest.json: the encoder's features: \d+ of \d+ aren't finite"
+    ):
+        config(data=digits).build()(ill)
 
 
 def test_raw_digits(digits: Path, pixels: Subject) -> None:

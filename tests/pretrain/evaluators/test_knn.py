@@ -35,6 +35,23 @@ def test_agrees_with_scikit_learn(k: int, temperature: float) -> None:
     assert 0.4 < (got == queries.labels.numpy()).mean() < 0.95, "too easy or too hard to prove anything"
 
 
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (2, 0.07), (6, 0.07), (20, 1e-4)])
+def test_top_5_has_only_classes_that_a_neighbour_voted_for(k: int, temperature: float) -> None:
+    """Against plain counting: k=1 names one class, however many there are."""
+    bank, queries = clouds(600, 0), clouds(300, 1)
+    ranking = vote(bank, queries.values, k=k, temperature=temperature)
+    unit = [torch.nn.functional.normalize(each.values, dim=1) for each in (bank, queries)]
+    near = (unit[1] @ unit[0].T).topk(k, dim=1).indices
+    for row, neighbours in zip(ranking.tolist(), bank.labels[near].tolist(), strict=True):
+        voted = len(set(neighbours))
+        assert set(row[:voted]) == set(neighbours) and set(row[voted:]) <= {-1}
+
+
+def test_one_neighbour_has_no_top_5_of_its_own(digits: Path, pixels: Subject) -> None:
+    values = KNNConfig(data=digits, k=1).build()(pixels).values
+    assert values["top5"] == values["top1"] < 100
+
+
 def test_pieces_and_lengths_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     bank, queries = clouds(200, 0), clouds(50, 1)
     whole = vote(bank, queries.values, k=20, temperature=0.07)

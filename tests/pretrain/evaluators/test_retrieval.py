@@ -17,6 +17,7 @@ from data_pipeline.indexing import add_shard
 from data_pipeline.manifest import Manifest, all_fields
 from data_pipeline.shards import write_shard
 from pretrain.evaluators import retrieval
+from pretrain.evaluators.features import NotFiniteError
 from pretrain.evaluators.retrieval import Pairs, RetrievalConfig, places_of_images, places_of_texts
 from tests.pretrain.evaluators.test_zero_shot import clip, subject
 
@@ -52,6 +53,17 @@ def on_ranks(manifest: str) -> dict[str, float]:
     found = score(manifest)
     processes.stop()
     return found
+
+
+@pytest.mark.parametrize("ill", [0, 1])
+def test_embeddings_that_are_not_finite_are_no_perfect_score(tmp_path: Path, ill: int) -> None:
+    """A comparison with NaN is never true, so that nothing seems to be nearer than the right one."""
+    model = clip()
+    with torch.no_grad():
+        (model.image_projection, model.text.ln_final)[ill].weight.fill_(float("nan"))  # type: ignore[operator]
+    config = RetrievalConfig(data=captioned(tmp_path, 12), captions=("json.said",))
+    with pytest.raises(NotFiniteError, match=r"embeddings of (images|captions): \d+ of \d+ aren't finite"):
+        config.build()(subject(model))
 
 
 def unit(count: int, seed: int) -> torch.Tensor:

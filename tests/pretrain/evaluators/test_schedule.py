@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,10 @@ import pytest
 
 from configs.errors import ConfigError
 from pretrain.evaluators import evaluator_config_type, kinds
+from pretrain.evaluators.features import NotFiniteError
 from pretrain.evaluators.heldout import HeldOutConfig
 from pretrain.evaluators.knn import KNNConfig
-from pretrain.evaluators.schedule import Evaluate, read
+from pretrain.evaluators.schedule import Evaluate, read, write
 from pretrain.evaluators.subject import EvaluatorConfig, Subject
 from pretrain.types import Duration, Progress, Scores
 
@@ -91,6 +94,51 @@ def test_a_restart_repeats_nothing_and_survives_a_torn_line(tmp_path: Path) -> N
     assert [row["step"] for row in read(record)] == [4, 8]
     again.finish(at(8), "done")
     assert [row["step"] for row in read(record)] == [4, 8]
+
+
+def test_a_figure_that_is_not_finite_is_null_in_the_file_and_nan_when_read(tmp_path: Path) -> None:
+    record = tmp_path / "e.jsonl"
+    write(record, at(4), Scores("heldout", {"error": float("nan"), "other": 2.0, "third": float("inf")}))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    [row] = [json.loads(line, parse_constant=refuse) for line in record.read_text().splitlines()]
+    assert row["values"] == {"error": None, "other": 2.0, "third": None}
+    [row] = read(record)
+    assert math.isnan(row["values"]["error"]) and row["values"]["other"] == 2.0
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "null", '{"step": null, "name": "a", "values": {}}',
+                                  '{"step": 1, "name": "a", "values": []}', '{"step": 1, "values": {}}',
+                                  '{"step": "x", "name": "a", "values": {}}'])  # fmt: skip
+def test_valid_json_that_is_no_score_is_passed_over(tmp_path: Path, line: str) -> None:
+    record = tmp_path / "e.jsonl"
+    record.write_text(line + '\n{"step": 4, "samples": 40, "name": "counting", "values": {"seen": 1}}\n')
+    assert [row["step"] for row in read(record)] == [4]
+
+
+class Diverged(Counting):
+    """Can't be made: what the model gives isn't finite."""
+
+    kind: str = "diverged"
+
+    def build(self) -> Any:
+        def judge(subject: Any) -> Scores:
+            raise NotFiniteError("features: 3 of 4 aren't finite numbers")
+
+        return judge
+
+
+def test_a_diverged_model_is_told_and_left_to_the_watch_over_losses(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    evaluate = listener(
+        tmp_path / "e.jsonl", Diverged(data=Path("x"), every=Duration.parse("1 epochs")), EVERY_EPOCH
+    )
+    walk(evaluate, 1, 4)
+    assert [(row["step"], row["name"]) for row in read(tmp_path / "e.jsonl")] == [(4, "counting")]
+    assert "step 4: no figure of diverged: features: 3 of 4" in caplog.text
 
 
 def test_two_evaluations_need_two_names(tmp_path: Path) -> None:
