@@ -93,6 +93,7 @@ def images() -> Tensor:
 
 def train_and_tell(root: str) -> dict[str, Tensor]:
     """Train on this rank; gives what the encoders, while still in training's hands, compute for `images`."""
+
     def look(objective: nn.Module) -> dict[str, Tensor]:
         objective.eval()
         with torch.no_grad():
