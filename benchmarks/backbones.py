@@ -37,6 +37,7 @@ from pretrain import encoders, export
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, weights
 from pretrain.evaluators.subject import evaluation_view
+from pretrain.export_check import TOLERANCE
 from pretrain.export_open import open_timm
 from pretrain.types import BuildContext, Objective, Progress
 
@@ -212,7 +213,7 @@ def export_cell(config: RunConfig, folder: Path) -> None:
         trained = encoders.features(encoder, images)
         opened, shown = open_timm(str(folder))
         assert shown == view, f"shown {shown} where it was trained with {view}"
-        assert (opened(images) - trained).abs().max() < export.TOLERANCE
+        assert (opened(images) - trained).abs().max() < TOLERANCE
     save_file({"images": images, "features": trained.contiguous()}, folder / "expected.safetensors")
 
 
@@ -229,7 +230,7 @@ def other_size(architecture: Architecture, folder: Path) -> str:
         found = encoders.features(encoder.eval(), images)
         assert found.isfinite().all()
         if not encoders.has_image_size(architecture.name):  # the very same module takes any size
-            assert (open_timm(str(folder))[0](images) - found).abs().max() < export.TOLERANCE
+            assert (open_timm(str(folder))[0](images) - found).abs().max() < TOLERANCE
     return ""
 
 
@@ -316,7 +317,7 @@ def run(record: Path, cells: Iterable[tuple[Architecture, str]], minutes: float)
             for row in rows:
                 if row.get("whole"):
                     row["difference"] = found[Path(scratch) / row["objective"]]
-                    if not row["difference"] < export.TOLERANCE:
+                    if not row["difference"] < TOLERANCE:
                         row["failed"] = f"a fresh process differs by {row['difference']:.1e}"
         with record.open("a") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -195,7 +195,7 @@ def _of_file(encoder: nn.Module, path: Path) -> _Source:
     last = (*layout.head, *(f"{name}." for name in classifiers(encoder)))
     heads = {name for name in inside if name.startswith(last) and name not in own}
     outside = tensors.keys() - {layout.prefix + name for name in inside}
-    notes = ()
+    notes: tuple[str, ...] = ()
     kept = {name: value for name, value in inside.items() if name not in heads}
     if layout.name == "CLIP":
         notes = _activation(encoder, tensors.keys(), path)

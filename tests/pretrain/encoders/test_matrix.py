@@ -13,6 +13,7 @@ import pytest
 from benchmarks import backbones
 from benchmarks.backbones import ARCHITECTURES, OBJECTIVES, SPREAD, Architecture
 from pretrain import export
+from pretrain.export_check import TOLERANCE
 
 REFUSED: dict[str, list[str]] = json.loads(Path(__file__).with_name("refusals.json").read_text())
 """Objective to the architectures that it refuses."""
@@ -64,7 +65,7 @@ def go(chosen: list[tuple[Architecture, str]], folder: Path) -> None:
         assert row.get("whole") and "failed" not in row, row
     found = backbones.reopen_all(list(done))
     assert found.keys() == done.keys()
-    wrong = {path.name: difference for path, difference in found.items() if not difference < export.TOLERANCE}
+    wrong = {path.name: difference for path, difference in found.items() if not difference < TOLERANCE}
     assert not wrong
 
 
