@@ -29,14 +29,16 @@ FUZZ = settings(max_examples=1000 if TORTURE else 30, deadline=None, suppress_he
 PICTURE = encoded(photograph(5, 7), "JPEG")
 NAMES = st.one_of(
     st.sampled_from(
-        ["a", "b.jpg", "c.JPG", "h.jpeg", "i.jfif", "j.jpg", "d.png", "e.txt", "._b.jpg", ".hidden", "@eaDir", "metadata.csv", "f.json",
-         "b.txt", "g h.jpg", "%41.jpg", "train", "-", "k=v.jpg", "\u732b.jpg", "l'\"\\.jpg"]
+        ["a", "b.jpg", "c.JPG", "h.jpeg", "i.jfif", "j.jpg", "d.png", "e.txt", "._b.jpg", ".hidden", "@eaDir",
+         "metadata.csv", "f.json", "b.txt", "g h.jpg", "%41.jpg", "train", "-", "k=v.jpg", "\u732b.jpg",
+         "l'\"\\.jpg"]
     ),
     st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1, max_size=12),
     st.binary(min_size=1, max_size=8).map(os.fsdecode),
 ).filter(lambda name: name not in (".", "..") and "/" not in name and "\0" not in name)  # fmt: skip
 CONTENTS = st.one_of(
-    st.just(PICTURE), st.just(PICTURE), st.just(PICTURE), mutations(PICTURE), st.just(b""), st.just(b"a caption\n"),
+    st.just(PICTURE), st.just(PICTURE), st.just(PICTURE), mutations(PICTURE), st.just(b""),
+    st.just(b"a caption\n"),
     st.just(b'{"caption": ["one", "two"], "n": NaN}'), st.binary(max_size=40),
 )  # fmt: skip
 
@@ -44,7 +46,9 @@ CONTENTS = st.one_of(
 @st.composite
 def folders(draw: st.DrawFn) -> list[tuple[str, str, bytes | str]]:
     """What to make, in order: (kind, path, content or target)."""
-    places, made = [""], []
+    usual = draw(st.sampled_from([[], [("file", "0.jpg", PICTURE)], [("file", "cat/0.jpg", PICTURE)]]))
+    made: list[tuple[str, str, bytes | str]] = list(usual)
+    places = ["cat"] if made and made[0][1].startswith("cat") else [""]
     for _ in range(draw(st.integers(0, 9))):
         path = os.path.join(draw(st.sampled_from(places)), draw(NAMES))  # noqa: PTH118 names are bytes
         match draw(st.sampled_from(["file", "file", "file", "folder", "link", "hard", "pipe"])):
@@ -77,6 +81,7 @@ def lay(root: Path, made: list[tuple[str, str, bytes | str]]) -> None:
                 os.mkfifo(path)
             else:
                 assert isinstance(content, bytes)
+                path.parent.mkdir(exist_ok=True)
                 with path.open("xb") as file:  # never into a pipe that has the name already
                     file.write(content)
         except OSError:
