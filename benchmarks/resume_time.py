@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
     epoch = chosen.samples // BATCH
     first, late = max(epoch // 100, 1), epoch * 9 // 10
     with tempfile.TemporaryDirectory() as folder:
-        data, early_run, late_run = (Path(folder) / name for name in ("data", "early", "late"))
+        data, early_run, late_run = (Path(folder) / name for name in ("data/shapes", "early", "late"))
         in_a_process(settings(early_run, data, chosen.samples, first))
         shutil.copytree(early_run, late_run)
         in_a_process(settings(late_run, data, chosen.samples, late - first))

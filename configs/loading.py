@@ -59,6 +59,8 @@ def load(path: str | Path, schema: type[ConfigType], overrides: Sequence[str] = 
 def find(path: str | Path) -> Path:
     """The config file meant by `path`: itself, with `.yaml` added, or one that ships with keel."""
     given = Path(path)
+    if not given.name:
+        raise ConfigError(f"{str(path)!r}: names no config file")
     packaged = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
     for candidate in (given, PACKAGED / packaged):
         for name in (candidate, candidate.with_name(candidate.name + ".yaml")):
@@ -72,16 +74,41 @@ def find(path: str | Path) -> Path:
 
 def resolved(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The merged and interpolated settings of `path` as plain containers, not yet validated."""
+    return _overridden(lambda: _with_bases(path, ()), overrides, str(path))
+
+
+def from_values(
+    values: dict[str, Any], schema: type[ConfigType], overrides: Sequence[str], source: str
+) -> ConfigType:
+    """As `load`, from settings at hand in place of a file; `source` is what errors name."""
+    return validate(_overridden(lambda: OmegaConf.create(values), overrides, source), schema, source)
+
+
+def _overridden(values: Callable[[], DictConfig], overrides: Sequence[str], source: str) -> dict[str, Any]:
     for override in overrides:
         if "=" not in override or override.startswith("="):
             raise ConfigError(f"{override}: an override reads path.to.setting=value")
+        if not is_text(override):  # bytes that the shell passed on from a file's name
+            raise ConfigError(
+                f"{override.partition('=')[0]}: found {override.partition('=')[2]}, whose name isn't UTF-8, "
+                "as what a config holds must be; rename it, or give a link to it another name"
+            )
     try:
-        merged = OmegaConf.merge(_with_bases(path, ()), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(values(), OmegaConf.from_dotlist(list(overrides)))
         container = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{source}: {' '.join(str(error).split())}") from error
     assert isinstance(container, dict)
     return {str(key): value for key, value in container.items()}
+
+
+def is_text(value: str) -> bool:
+    """Whether a config file can hold it: a path may also be made of other bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _with_bases(path: Path, seen: tuple[Path, ...]) -> DictConfig:

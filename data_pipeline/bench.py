@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.cache import CacheConfig
 from data_pipeline.config import DataConfig
 from data_pipeline.load import build_loader
 from data_pipeline.types import RandomResizedCrop, ViewSpec
@@ -28,11 +29,18 @@ class Throughput:
 
 
 def throughput(
-    manifest: Path, *, size: int, batch_size: int, workers: int, seconds: float, position: int = 0
+    manifest: Path,
+    *,
+    size: int,
+    batch_size: int,
+    workers: int,
+    seconds: float,
+    position: int = 0,
+    cache: CacheConfig | None = None,
 ) -> Throughput:
-    """Load batches of one random-crop view for `seconds`. Raises `DataError`."""
+    """Load batches of one random-crop view for `seconds`. `cache`: as `data.cache`. Raises `UserError`."""
     view = ViewSpec((size, size), RandomResizedCrop())
-    config = DataConfig(manifest=manifest, image_size=size, workers=workers)
+    config = DataConfig(manifest=manifest, image_size=size, workers=workers, cache=cache)
     built = time.perf_counter()
     with build_loader(
         config, [view], needs=frozenset({"views"}), seed=0, batch_size=batch_size, rank=0, world_size=1,

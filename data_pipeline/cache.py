@@ -8,6 +8,7 @@ used longest ago goes first; a reader that still has an evicted shard open keeps
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from pydantic import Field, PositiveFloat
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, fault_of_place
 from configs.loading import Config
 from data_pipeline.locks import locked
 from data_pipeline.manifest import Manifest, Shard
@@ -45,8 +46,18 @@ class Cache:
         self.limit = int(config.gigabytes * 1e9)
 
     def locate(self, shard: Shard) -> Path:
-        """The local copy of a shard, fetched now if it must be. Raises `FetchError`."""
+        """The local copy of a shard, fetched now if it must be. Raises `UserError`."""
         path = self.path(shard)
+        try:
+            self._fetch_if_missing(path, shard)
+        except OSError as error:
+            known = fault_of_place(error)
+            if known is None:
+                raise
+            raise ConfigError(f"data.cache.directory: {known}") from None
+        return path
+
+    def _fetch_if_missing(self, path: Path, shard: Shard) -> None:
         if not self._touched(path, shard):
             with self._locked(shard):
                 if not self._touched(path, shard):  # somebody else may have fetched it meanwhile
@@ -54,7 +65,6 @@ class Cache:
                     fetch(
                         shard.name, path, size=shard.bytes, sha256=shard.sha256, timeout=self.config.timeout
                     )
-        return path
 
     def path(self, shard: Shard) -> Path:
         return self.config.directory / f"{shard.sha256}.tar"
@@ -67,6 +77,8 @@ class Cache:
             os.utime(path)
         except FileNotFoundError:
             return False
+        except OSError as error:  # a copy of somebody else's serves as well, where it can only be read
+            return error.errno in (errno.EPERM, errno.EACCES, errno.EROFS)
         return True
 
     def _evict(self) -> None:
@@ -137,7 +149,8 @@ def check_size(
         needed += sum(sizes[: int(count) + 1])
         if sizes and cache is None:
             raise ConfigError(
-                f"data.cache: {manifest.path} has shards behind URLs; name a folder to keep them in"
+                f"data.cache: {manifest.path} has shards behind URLs; name a folder to keep them in "
+                "(data.cache.directory=DIR; keel data bench has --cache DIR)"
             )
     if cache is not None and needed > cache.gigabytes * 1e9:
         raise ConfigError(

@@ -51,7 +51,7 @@ def places(names: Sequence[str], fields: Sequence[str]) -> tuple[Place, ...]:
 def texts(place: Place, payload: bytes) -> list[str]:
     """The texts at a place, stripped, empty ones left out. Raises ValueError that says what is wrong."""
     try:
-        text = payload.decode()
+        text = payload.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError:
         raise ValueError("isn't UTF-8") from None
     if not place.is_json:

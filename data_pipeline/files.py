@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from configs.errors import DataError, fault_of_place
+
 
 @contextmanager
 def published(path: Path) -> Iterator[BinaryIO]:
@@ -26,6 +28,20 @@ def published(path: Path) -> Iterator[BinaryIO]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a file that couldn't be written, before the work for it is done. Raises `DataError`."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name the file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
+        beside.open("xb").close()
+        beside.unlink()
+    except OSError as error:
+        known = fault_of_place(error)
+        raise DataError(str(known or f"{path}: can't be written: {error.strerror or error}")) from None
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,7 +130,7 @@ def _downloaded(by_class: dict[str, Files], names: list[str]) -> bool:
 
 def _offered(
     source: Path,
-    groups: list[tuple[Files, int | None]],
+    groups: Sequence[tuple[Files, int | None]],
     classes: tuple[str, ...],
     options: SourceOptions,
     walk: Walk,
@@ -155,7 +156,7 @@ def _entries(
 ) -> Iterator[Entry]:
     used = set()
     for path in sorted(found.pictures, key=lambda name: name.split("/")):
-        stats, fields = [found.pictures[path]], {}
+        stats, fields = [found.pictures[path]], dict[str, bytes | Path]()
         if label is not None:
             fields["cls"] = str(label).encode()
         for ending, name in CAPTION_ENDINGS.items() if options.sidecars else ():
@@ -229,8 +230,12 @@ class Walk:
     def _above(self) -> set[tuple[int, int]]:
         """The source and all folders above it: a link to one of them would lead in circles."""
         real = Path(os.path.realpath(self.source))
-        found = [os.stat(folder) for folder in (real, *real.parents)]
-        return {(one.st_dev, one.st_ino) for one in found}
+        found = set()
+        for folder in (real, *real.parents):
+            with suppress(OSError):  # above it may lie what can't be looked into
+                status = os.stat(folder)
+                found.add((status.st_dev, status.st_ino))
+        return found
 
     def _level(self, folder: str) -> tuple[Files, list[str]]:
         try:
@@ -239,7 +244,7 @@ class Walk:
         except OSError as error:
             self._leave(f"in a folder that can't be listed ({error.strerror})", folder)
             return Files(), []
-        found, folders = Files(), []
+        found, folders = Files(), list[str]()
         names = {one.name for one in inside}
         if {NAME, "index"} <= names:
             self._leave_all(_SETS, folder)

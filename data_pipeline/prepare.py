@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from configs.errors import ConfigError, DataError
@@ -15,9 +16,9 @@ from data_pipeline.files import write_whole
 from data_pipeline.hashing import key, permutation
 from data_pipeline.manifest import Manifest
 from data_pipeline.parallel import Progress
-from data_pipeline.read import Reader, SampleError
-from data_pipeline.remote import fetched
+from data_pipeline.read import SampleError
 from data_pipeline.tokenize import train
+from data_pipeline.visit import reading
 
 log = logging.getLogger(__name__)
 
@@ -25,26 +26,61 @@ _VOCABULARY = 8192  # tokens of a demo's tokenizer, unless its config says
 _SHARDS = 41  # what a permutation is for: part of the hash
 
 
-def make_missing(config: DataConfig, progress: Progress | None = None) -> None:
+def make_missing(config: DataConfig, run: Path, progress: Progress | None = None) -> None:
     """Make demo data at the manifest's place, and a tokenizer of their captions, where they are missing.
 
-    Only where `demo` is set; what is there is kept. Whole or absent, and the same bytes whoever makes them.
-    Raises `UserError`.
+    Only where `demo` is set, and only in a place of keel's own: `require_own_places`. What is there is kept.
+    Whole or absent, and the same bytes whoever makes them. `run`: the run folder. Raises `UserError`.
     """
+    require_own_places(config, run)
     if config.demo is None:
         return
-    manifest = config.first_manifest
-    if not manifest.is_file():
-        split = manifest.parent
-        if manifest.name != "manifest.json" or split.name not in ("train", "val"):
-            raise ConfigError(f"data.manifest: demo data lie in DIR/train/manifest.json, found {manifest}")
+    if lacks_demo(config):
+        split = config.first_manifest.parent
         with _placed("data.manifest: demo data", split.parent):
             demo.make(config.demo, split.parent, progress=progress)
     wanted = config.tokenizer
-    if wanted is not None and wanted.path != "openai" and not wanted.path.is_file():
+    if wanted is not None and wanted.path != "openai" and not wanted.path.exists():
         with _placed("data.tokenizer.path: a tokenizer", wanted.path.parent):
             vocabulary = wanted.vocabulary or _VOCABULARY
-            make_tokenizer(Manifest.load(manifest), wanted.path, vocabulary, names=config.captions)
+            manifest = Manifest.load(config.first_manifest)
+            make_tokenizer(manifest, wanted.path, vocabulary, names=config.captions)
+
+
+def lacks_demo(config: DataConfig) -> bool:
+    """Whether demo data are to be made: asked for, and nothing at the manifest's place."""
+    return config.demo is not None and not config.first_manifest.exists()
+
+
+def require_own_places(config: DataConfig, run: Path) -> None:
+    """Refuse to make demo data or a tokenizer where somebody's own were meant. Raises `ConfigError`.
+
+    They are made in the run folder `run`, as the configs that ship with keel have it, or in data/NAME beside
+    it, where the runs of a sweep share them. Any other path is one that its user mistyped.
+    """
+    if config.demo is None:
+        return
+    beside = run.absolute().parent / "data" / config.demo.name
+
+    def own(path: Path) -> bool:
+        plain = Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  resolve would follow links
+        return plain.is_relative_to(run.absolute()) or plain.is_relative_to(beside)
+
+    manifest, wanted = config.first_manifest, config.tokenizer
+    if lacks_demo(config):
+        if not own(manifest):
+            raise ConfigError(
+                f"data.manifest: {manifest}: no such file, and demo data are only made in the run folder "
+                f"{run} or in {beside}; mend the path, or make them with keel data demo {config.demo.name}"
+            )
+        if manifest.name != "manifest.json" or manifest.parent.name not in ("train", "val"):
+            raise ConfigError(f"data.manifest: demo data lie in DIR/train/manifest.json, found {manifest}")
+    if wanted is None or wanted.path == "openai" or wanted.path.exists() or own(wanted.path):
+        return
+    raise ConfigError(
+        f"data.tokenizer.path: {wanted.path}: no such file, and a demo's tokenizer is only made in the run "
+        f"folder {run} or in {beside}; mend the path, or make one there with keel data tokenizer"
+    )
 
 
 @contextmanager
@@ -90,7 +126,7 @@ def _captions(
     for shard in permutation(key(_SHARDS), len(manifest.shards)).tolist():
         if done >= total:
             break
-        with _opened(manifest, shard) as reader:
+        with reading(manifest, shard) as reader:
             for sample in range(min(manifest.shards[shard].samples, total - done)):
                 try:
                     payloads = dict(reader.read(shard, sample, (), fields))
@@ -125,7 +161,7 @@ def captions_in_order(manifest: Manifest, names: Sequence[str], start: int, stop
         first += size
         if not wanted:
             continue
-        with _opened(manifest, shard) as reader:
+        with reading(manifest, shard) as reader:
             for sample in wanted:
                 payloads = dict(reader.read(shard, sample, (), fields))
                 try:
@@ -135,14 +171,3 @@ def captions_in_order(manifest: Manifest, names: Sequence[str], start: int, stop
                 if not found:
                     raise DataError(f"{manifest.path}: sample {reader.key(shard, sample)} has no caption")
                 yield found
-
-
-@contextmanager
-def _opened(manifest: Manifest, shard: int) -> Iterator[Reader]:
-    """A reader for one shard, which is fetched for the time where it lies behind a URL."""
-    if not manifest.shards[shard].remote:
-        with closing(Reader(manifest)) as reader:
-            yield reader
-        return
-    with fetched(manifest.shards[shard].name) as path, closing(Reader(manifest, lambda _: path)) as reader:
-        yield reader

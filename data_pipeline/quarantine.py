@@ -47,10 +47,10 @@ class Quarantine:
         for one in broken:
             self.count += 1
             self._reasons[one.shard, one.reason] += 1
-        fresh = [one for one in broken if one.index not in self._known]
-        if fresh:
-            self._known.update(one.index for one in fresh)
-            self._write(fresh)
+        met = {one.index: one for one in broken if one.index not in self._known}  # a batch may have it twice
+        if met:
+            self._known.update(met)
+            self._write(list(met.values()))
         allowed = self.max_broken * max(seen, _LEAST_SEEN)
         if self.count > allowed:
             raise DataError(self._summary(seen))
@@ -64,12 +64,21 @@ class Quarantine:
             )
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+") as file:
-            locked(file)
-            file.seek(0)
-            written = {record.index for record in _parsed(file.read())}
-            file.write("".join(json.dumps(asdict(one)) + "\n" for one in fresh if one.index not in written))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                locked(file)
+                file.seek(0)
+                before = file.read()
+                written = {record.index for record in _parsed(before.decode(errors="replace"))}
+                lines = [json.dumps(asdict(one)) + "\n" for one in fresh if one.index not in written]
+                cut = (
+                    b"\n" if before and not before.endswith(b"\n") else b""
+                )  # a disk was full, a process died
+                file.write(cut + "".join(lines).encode())
+        except OSError as error:
+            told = f"{self.path}: can't be written: {error.strerror or error}"
+            raise DataError(f"{told}; broken samples are written there: make room, or mend them") from error
 
     def _summary(self, seen: int) -> str:
         often = "; ".join(f"{count} x {shard}: {why}" for (shard, why), count in self._reasons.most_common(3))
@@ -81,7 +90,7 @@ class Quarantine:
 
 def quarantined(path: Path) -> list[Broken]:
     """The records of a quarantine.jsonl; none where there is no such file. A cut last line is left out."""
-    return _parsed(path.read_text()) if path.exists() else []
+    return _parsed(path.read_text(errors="replace")) if path.exists() else []
 
 
 def _parsed(text: str) -> list[Broken]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def from_table(source: Path, options: SourceOptions) -> Offered:
     chosen = (options.path_column, options.caption_column, options.label_column)
     table = _read(source, {name.lower() for name in (*PATH_COLUMNS, *chosen) if name})
     columns = _columns(source, table, options)
-    rows = table.rows(columns.used)
+    with _readable(source):
+        rows = table.rows(columns.used)
     if not rows:
         raise DataError(f"{said(source)}: a table without rows")
     offered = Offered([], (), Books("rows"), notes=[*table.notes, columns.said(table)])
@@ -71,16 +73,29 @@ def has_path_column(source: Path) -> bool:
 def _read(source: Path, known: Collection[str]) -> Table:
     ending = source.suffix.lower()
     if ending not in TABLES:
-        raise DataError(
-            f"{said(source)}: a table ends in {', '.join(TABLES)}; a folder of pictures will do too"
+        tars = (
+            "; tars aren't packed but indexed: keel data index" if ending in (".tar", ".tgz", ".gz") else ""
         )
-    try:
+        raise DataError(
+            f"{said(source)}: a table ends in {', '.join(TABLES)}; a folder of pictures will do too{tars}"
+        )
+    with _readable(source):
         return read_parquet(source) if ending == ".parquet" else read_text_table(source, known)
+
+
+@contextmanager
+def _readable(source: Path) -> Iterator[None]:
+    """Whatever makes a table unreadable, in a line that names it."""
+    try:
+        yield
     except ValueError as error:
         reason = " ".join(said(str(error)).split())
-        raise DataError(f"{said(source)}: can't be read as {ending[1:]}: {reason:.300}") from None
+        raise DataError(
+            f"{said(source)}: can't be read as {source.suffix[1:].lower()}: {reason:.300}"
+        ) from None
     except OSError as error:
-        raise DataError(f"{said(source)}: can't be read: {error.strerror or error}") from None
+        reason = " ".join(said(error.strerror or str(error)).split())
+        raise DataError(f"{said(source)}: can't be read: {reason:.300}") from None
 
 
 @dataclass(frozen=True)
@@ -177,8 +192,9 @@ def _caption(cell: object) -> Captions:
         return None
     if isinstance(cell, int | float) and not isinstance(cell, bool):
         return str(cell)
-    texts = cell if isinstance(cell, list) else [cell]
-    strange = [one for one in texts if not isinstance(one, str)]
+    found: list[object] = cell if isinstance(cell, list) else [cell]
+    texts = [one for one in found if isinstance(one, str)]
+    strange = [one for one in found if not isinstance(one, str)]
     if strange:
         raise ValueError(
             f"its caption is {said(repr(cell))[:60]}, of type {type(strange[0]).__name__}; "

@@ -17,12 +17,13 @@ def offered(source: Path, options: SourceOptions, avoid: Collection[Path] = ()) 
     """All that `source` holds, but for what lies in `avoid`. Raises `DataError`, also where it is nothing."""
     try:
         source.stat()
+        if not source.is_dir():
+            return from_table(source, options)
+        table = next((source / name for name in HUB_TABLES if (source / name).is_file()), None)
+    except FileNotFoundError:
+        raise DataError(f"{said(source)}: no such folder or table") from None
     except OSError as error:
-        why = "no such folder or table" if isinstance(error, FileNotFoundError) else f"{error.strerror}"
-        raise DataError(f"{said(source)}: {why}") from None
-    if not source.is_dir():
-        return from_table(source, options)
-    table = next((source / name for name in HUB_TABLES if (source / name).is_file()), None)
+        raise DataError(f"{said(source)}: can't be read: {error.strerror}") from None
     if table is not None and options.sidecars and has_path_column(table):
         found = _hub(source, table, options, avoid)
     else:

@@ -163,6 +163,12 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         raise ConfigError(
             f"data.tokenizer.path: {config.path}: no such file; make one with keel data tokenizer"
         ) from None
+    except IsADirectoryError:
+        inside = config.path / "tokenizer.json"
+        raise ConfigError(
+            f"data.tokenizer.path: {config.path}: is a folder; "
+            + (f"name the file in it: {inside}" if inside.is_file() else "there is no tokenizer.json in it")
+        ) from None
     except OSError as error:
         raise ConfigError(f"data.tokenizer.path: {config.path}: can't be read: {error.strerror}") from None
 

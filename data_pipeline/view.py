@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from configs.errors import DataError
+from configs.loading import Config
 from data_pipeline.augment import denormalised, device_half
 from data_pipeline.cache import locator
 from data_pipeline.captions import drawn, places, texts
@@ -22,12 +23,24 @@ from data_pipeline.hashing import uniform
 from data_pipeline.load import build_loader
 from data_pipeline.randomness import Purpose
 from data_pipeline.read import Reader
+from data_pipeline.stats import label_name
 from data_pipeline.types import Batch, ViewSpec
 
 _GAP, _MARGIN = 8, 64  # pixels; the margin holds the rows' names
 _FONT_SIZE, _LINE = 13, 16
 _LINES = 5  # of a sample's text
 _INK, _FAINT, _PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
+
+
+class _Seeded(Config):
+    seed: int = 0
+
+
+class SheetConfig(Config):
+    """What can be set where there is no run's config: all of `data`, and `run.seed`."""
+
+    data: DataConfig
+    run: _Seeded = _Seeded()
 
 
 @dataclass(frozen=True)
@@ -107,10 +120,7 @@ def _raw(facts: Facts, source: int, index: int, chance: float) -> tuple[Pixels, 
         )
         key, payloads = reader.key(shard, sample), dict(rest)
     said = []
-    for name in also:
-        label = payloads.get(name, b"").decode(errors="replace").strip()
-        known = label.isdecimal() and int(label) < len(manifest.classes)
-        said.append(manifest.classes[int(label)] if known else label)
+    said += [label_name(payloads[name], manifest) for name in also if name in payloads]
     try:
         found = [text for place in leading for text in texts(place, payloads.get(place.field, b""))]
         said += [drawn(found, chance)] if leading else []

@@ -26,7 +26,7 @@ from multiprocessing.connection import Connection
 import torch
 from torch import Tensor
 
-from configs.errors import UserError
+from configs.errors import UserError, fault_of_place
 from data_pipeline.assemble import Assembler, Buffers, Job
 from data_pipeline.hashing import Int64s
 from data_pipeline.plan import Draws
@@ -177,6 +177,7 @@ def _serve(setup: Setup, shared: Tensor, connection: Connection) -> None:
             reply = Done(batch, assembler.fill(part, buffers[slot], first))
         except UserError as error:
             reply = Failed(batch, error, "")
-        except Exception:
-            reply = Failed(batch, None, traceback.format_exc())
+        except Exception as error:
+            known = fault_of_place(error) if isinstance(error, OSError) else None
+            reply = Failed(batch, known, traceback.format_exc())
         connection.send_bytes(pickle.dumps(reply))

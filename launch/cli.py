@@ -60,6 +60,17 @@ app.command()(cli_sync.sync)
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")]
 Ranks = Annotated[int, typer.Option("--nproc", min=1, help="ranks on this machine")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="run folder")]
+
+
+class DeviceName(StrEnum):
+    """Where a model is judged or fine-tuned."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+Device = Annotated[DeviceName, typer.Option(help="auto takes a GPU where there is one")]
 Step = Annotated[int | None, typer.Option(help="of the checkpoint; without it the newest")]
 
 
@@ -95,7 +106,7 @@ def train(
     with progress_bar("demo data") as progress:
         settings = load(config, RunConfig, overrides or ())
         folder = prepare(settings, world_size=nproc, progress=progress, fork=branch)
-    code = launch(folder, nproc)
+    code = launch(folder, nproc, last=True)
     if code == 0:
         typer.echo(f"done; run folder: {folder.root}")
     raise typer.Exit(code)
@@ -118,13 +129,19 @@ def evaluate(
         typer.Option(metavar="SOURCE", help="another to judge alike, beside it in the table"),
     ] = None,
     step: Step = None,
+    device: Device = DeviceName.auto,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="processes that decode; by default one a processor, at most 8")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON list on standard output")] = False,
 ) -> None:
     """Judge an encoder: by the run's own evaluations, or by those given."""
     from launch import evaluate
 
     evaluations = evaluate.wanted(source, settings or (), kind or (), data)
-    found = evaluate.evaluate([source, *(against or ())], evaluations, step)
+    found = evaluate.evaluate(
+        [source, *(against or ())], evaluations, step, device=device.value, workers=workers
+    )
     evaluate.show(found, as_json=as_json)
     for file in evaluate.save_pictures(source, found[source]):
         typer.echo(f"picture: {file}", err=as_json)
@@ -142,6 +159,7 @@ def finetune(
     scratch: Annotated[bool, typer.Option("--scratch", help="with random weights, for comparison")] = False,
     step: Step = None,
     seed: Annotated[int, typer.Option(help="of order, crops, mixing and the new layer")] = 0,
+    device: Device = DeviceName.auto,
     workers: Annotated[int, typer.Option(min=0, help="processes that decode")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
 ) -> None:
@@ -155,7 +173,9 @@ def finetune(
         source, step=step, scratch=scratch, seed=seed, pooling=settings.pooling,
         image_size=settings.image_size,
     )  # fmt: skip
-    found = finetune.run(start, data.expanduser(), settings, seed=seed, workers=workers, to=to)
+    found = finetune.run(
+        start, data.expanduser(), settings, seed=seed, workers=workers, to=to, device=device.value
+    )
     finetune.show(source, found, as_json=as_json)
 
 
@@ -237,24 +257,31 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
             stream.reconfigure(errors=ODD_NAMES)
+    sys.exit(_delivered(_called()))
+
+
+def _called() -> str | int | None:
+    """Run the command that `sys.argv` holds; gives its exit code."""
     try:
         app(prog_name="keel")
     except SystemExit as ended:
-        sys.exit(_told(ended.code))
+        # click ends with 1 where the reader of a pipe has left.
+        return PIPE_CLOSED if isinstance(ended.__context__, BrokenPipeError) else ended.code
     except UserError as error:
         print(as_lines(error), file=sys.stderr)
-        sys.exit(USERS_INPUT)
+        return USERS_INPUT
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        return 128 + signal.SIGINT
     except Exception as error:
         if isinstance(error, OSError) and (known := fault_of_place(error)) is not None:
             print(as_lines(known), file=sys.stderr)
-            sys.exit(USERS_INPUT)
+            return USERS_INPUT
         traceback.print_exc()
-        sys.exit(OUR_FAULT)
+        return OUR_FAULT
+    return None
 
 
-def _told(code: str | int | None) -> str | int | None:
+def _delivered(code: str | int | None) -> str | int | None:
     """The exit code, once all that was printed has gone out."""
     try:
         sys.stdout.flush()
@@ -262,11 +289,13 @@ def _told(code: str | int | None) -> str | int | None:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)  # else the interpreter would try again, and complain
         if isinstance(error, BrokenPipeError):
-            return 128 + signal.SIGPIPE
+            return PIPE_CLOSED
         print(f"error: standard output: {error.strerror}", file=sys.stderr)
-        return USERS_INPUT
+        return code or USERS_INPUT
     return code
 
+
+PIPE_CLOSED = 128 + signal.SIGPIPE
 
 ODD_NAMES = "keel-odd-names"
 """How our output treats what its encoding can't say: bytes of a file's name as they are, the rest escaped."""

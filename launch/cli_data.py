@@ -81,28 +81,27 @@ def pack(
     """Pack images into shards and a manifest; an interrupted packing goes on where it stopped."""
     from data_pipeline import pack as packing
     from data_pipeline.classes import read_classes
+    from data_pipeline.decode import MAX_PIXELS
     from data_pipeline.entries import SourceOptions
     from launch.progress import progress_bar
 
-    names = read_classes(classes) if classes else ()
-    columns = (path_column, caption_column, label_column)
-    reading = SourceOptions(*columns, names, labels_as_names, class_folders, sidecars)
+    columns, names = (path_column, caption_column, label_column), read_classes(classes) if classes else ()
     with progress_bar("pack") as progress:
         manifest = packing.pack(
             source,
             out,
-            reading=reading,
+            reading=SourceOptions(*columns, names, labels_as_names, class_folders, sidecars),
             per_shard=per_shard,
             processes=processes,
             shuffle_seed=None if keep_order else seed,
             check=not no_check,
-            max_pixels=max_pixels or packing.MAX_PIXELS,
+            max_pixels=max_pixels or MAX_PIXELS,
             skip_broken=skip_broken,
             strict=strict,
             progress=progress,
         )
     for line in packing.account(manifest):
-        typer.echo(line)
+        typer.echo(f"note: {line}", err=True)
     typer.echo(_line(manifest))
 
 
@@ -115,19 +114,22 @@ def view(
     position: Annotated[int, typer.Option(min=0, help="samples consumed before the first one")] = 0,
 ) -> None:
     """Draw a contact sheet: raw pictures above what training makes of them, with key, class and caption."""
-    from configs.loading import load
-    from data_pipeline.config import DataConfig
+    from configs.loading import from_values, load
     from data_pipeline.types import RandomResizedCrop, ViewSpec
-    from data_pipeline.view import contact_sheet
+    from data_pipeline.view import SheetConfig, contact_sheet
     from pretrain.config import RunConfig
 
+    config: SheetConfig | RunConfig
     if Path(source).is_dir() or source.endswith(".json"):
-        data, seed, views = DataConfig(manifest=Path(source)), 0, [ViewSpec((224, 224), RandomResizedCrop())]
+        config = from_values({"data": {"manifest": source}}, SheetConfig, overrides or (), source)
     else:
         config = load(source, RunConfig, overrides or ())
-        size = config.data.image_size
-        shape = (size, size) if isinstance(size, int) else size
-        data, seed, views = config.data, config.run.seed, list(config.views(shape))
+    size = config.data.image_size
+    shape = (size, size) if isinstance(size, int) else size
+    data, seed = config.data, config.run.seed
+    views = [ViewSpec(shape, RandomResizedCrop())]
+    if isinstance(config, RunConfig):
+        views = list(config.views(shape))
     contact_sheet(data, views, out, seed=seed, position=position, count=count)
     typer.echo(f"{out}: {count} samples from position {position}")
 
@@ -236,10 +238,12 @@ def stats(
 
     found = count(Manifest.load(data), look_at=look_at)
     if as_json:
-        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
+        typer.echo(json.dumps(asdict(found)))
         return
     typer.echo(f"{found.samples} samples, {found.shards} shards, {found.bytes / 1e6:.1f} MB")
     typer.echo(f"quantiles at 0, 5, 50, 95, 100 %; pictures and labels from {found.looked_at} samples")
+    if found.unusable:
+        typer.echo(f"{found.unusable} samples more can't be used: keel data verify says why", err=True)
     rows = [("samples a shard", found.shard_samples), ("height", found.heights), ("width", found.widths)]
     often = sorted(found.fields, key=lambda name: (-found.fields[name].samples, name))[:20]
     rows += [
@@ -266,16 +270,18 @@ def tokenizer(
     limit: Annotated[int, typer.Option(min=1, help="samples to read at most")] = 10_000_000,
 ) -> None:
     """Make a byte-level BPE tokenizer from the captions of a set."""
+    from data_pipeline.files import require_writable
     from data_pipeline.manifest import Manifest
     from data_pipeline.prepare import make_tokenizer
     from data_pipeline.tokenize import TokenizerConfig, open_tokenizer
     from launch.progress import progress_bar
 
+    require_writable(to)  # reading the captions may take an hour
     with progress_bar("captions") as progress:
         make_tokenizer(
             Manifest.load(data), to, vocab, names=captions or ("txt",), limit=limit, progress=progress
         )
-    made = open_tokenizer(TokenizerConfig(path=to))
+    made = open_tokenizer(TokenizerConfig(path=to.absolute()))
     typer.echo(f"{to}: {made.vocabulary} tokens, the end is {made.end}, hash {made.hash[:12]}")
 
 
@@ -310,11 +316,15 @@ def bench(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     workers: Annotated[int, typer.Option(min=0)] = 2,
     seconds: Annotated[float, typer.Option(min=0.1)] = 10.0,
+    cache: Annotated[Path | None, typer.Option(help="folder for shards behind URLs")] = None,
+    gigabytes: Annotated[float, typer.Option(min=0.001, help="of the cache")] = 100.0,
 ) -> None:
     """Measure how fast this machine loads a set."""
     from data_pipeline.bench import throughput
+    from data_pipeline.cache import CacheConfig
 
-    found = throughput(data, size=size, batch_size=batch_size, workers=workers, seconds=seconds)
+    kept = CacheConfig(directory=cache, gigabytes=gigabytes) if cache else None
+    found = throughput(data, size=size, batch_size=batch_size, workers=workers, seconds=seconds, cache=kept)
     typer.echo(
         f"{found.samples_per_second:.0f} samples/s with {workers} workers, {found.cpu_ms:.2f} CPU ms "
         f"a sample, first batch after {found.first_batch:.2f} s; {found.samples} samples were read"

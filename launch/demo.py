@@ -108,10 +108,7 @@ def report(parts: Sequence[Part], console: Console) -> None:
     def say(line: str) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
-    found = table([part.findings for part in parts])
-    # Whole also where a terminal, or what stands for one behind a pipe, is narrower: it may wrap, not lose.
-    natural = console.measure(found, options=console.options.update(max_width=1000)).maximum
-    console.print(found, width=max(natural, console.width), crop=False, no_wrap=True)
+    show_table([part.findings for part in parts], console)
     for part in parts:
         if part.findings.reconstruction:
             errors = ", ".join(f"{name} {error:.3f}" for name, error in part.findings.reconstruction.items())
@@ -123,6 +120,15 @@ def report(parts: Sequence[Part], console: Console) -> None:
         say(f"  picture  {from_here(part.picture)}")
         say(f"  backbone {from_here(part.exported.folder)}")
     say(f'\ntimm.create_model("local-dir:{from_here(parts[-1].exported.folder)}", pretrained=True)')
+
+
+def show_table(findings: Sequence[Findings], console: Console) -> None:
+    """Whole also where a terminal, or what rich takes a log for, is narrower: it wraps, and loses nothing."""
+    found = table(findings)
+    natural = console.measure(found, options=console.options.update(max_width=1000)).maximum
+    if natural > console.width:
+        console = Console(file=console.file, width=natural)
+    console.print(found)
 
 
 def from_here(place: Path) -> Path:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -24,10 +23,12 @@ from configs.errors import UserError
 from configs.loading import difference, load
 from data_pipeline.decode import DecodeError, decode
 from data_pipeline.manifest import Manifest
+from data_pipeline.prepare import lacks_demo, require_own_places
 from data_pipeline.read import Reader
 from data_pipeline.remote import size_of
 from launch import queue, slurm
 from launch.cluster import ClusterConfig
+from launch.network import interfaces
 from launch.registry import look
 from launch.run_files import tail
 from pretrain import start, trained
@@ -71,8 +72,7 @@ class Patient:
     @property
     def waits_for_demo(self) -> bool:
         """Whether its data are made only when training starts."""
-        data = self.config.data
-        return data.demo is not None and data.manifest is not None and not data.manifest.is_file()
+        return self.config.data.manifest is not None and lacks_demo(self.config.data)
 
     @property
     def disk(self) -> Path:
@@ -108,6 +108,7 @@ def _failed(name: str, error: UserError) -> Check:
 
 def _data(patient: Patient) -> Iterator[Check]:
     """Manifests load, and shards lie there with their sizes."""
+    require_own_places(patient.config.data, patient.config.run.dir)
     if patient.waits_for_demo:
         yield Check("data", "pass", f"demo data will be made in {patient.config.data.first_manifest.parent}")
         return
@@ -183,6 +184,8 @@ def _batch(patient: Patient) -> Iterator[Check]:
             )  # fmt: skip
     needed = 1 + config.data.workers
     there = patient.cluster.cpus_per_task if patient.cluster else (os.cpu_count() or 1) / patient.nproc
+    if slow := config.slow_optimizer:
+        yield Check("offload", "warn", *slow)
     if needed > there:
         yield Check(
             "processors", "warn", f"{there:g} for a rank and its {config.data.workers} data workers",
@@ -341,27 +344,10 @@ def _torchvision(patient: Patient) -> Iterator[Check]:
 
 
 def _network(patient: Patient) -> Iterator[Check]:
-    """The interface that nodes are to talk over exists."""
-    if patient.cluster is None or patient.cluster.nodes == 1:
-        return
-    name = "NCCL_SOCKET_IFNAME" if patient.cluster.gpus_per_node else "GLOO_SOCKET_IFNAME"
-    given = {**os.environ, **patient.cluster.environment}.get(name)
-    here = [interface for _, interface in socket.if_nameindex()]
-    if given is None:
-        yield Check("network", "warn", f"{name} isn't set: {patient.cluster.nodes} nodes choose alone",
-                    f"set it in the cluster's environment; here are {', '.join(here)}")  # fmt: skip
-    elif not given.startswith("^") and not any(_matches(given, interface) for interface in here):
-        yield Check("network", "warn", f"{name}={given} isn't on this machine, which has {', '.join(here)}",
-                    "make sure that the nodes have it")  # fmt: skip
-    else:
-        yield Check("network", "pass", f"{name}={given}")
-
-
-def _matches(given: str, interface: str) -> bool:
-    """NCCL reads "=eth0" as that one and "eth" as all that begin so, several by commas."""
-    exact = given.startswith("=")
-    names = given.removeprefix("=").split(",")
-    return any(interface == name if exact else interface.startswith(name) for name in names if name)
+    """The interfaces that nodes are to talk over exist."""
+    if patient.cluster is not None and patient.cluster.nodes > 1:
+        for fine, found, fix in interfaces(patient.cluster):
+            yield Check("network", "pass" if fine else "warn", found, fix)
 
 
 def _queue(patient: Patient) -> Iterator[Check]:

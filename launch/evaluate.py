@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from configs.errors import ConfigError
+from configs.errors import ConfigError, RunError
 from configs.loading import load, validate
+from data_pipeline.files import write_whole
 from launch.progress import progress_bar
 from pretrain.config import RunConfig
 from pretrain.evaluate import evaluate as judge
@@ -22,16 +26,41 @@ from pretrain.evaluators.sheets import image_of
 from pretrain.folder import RunFolder
 from pretrain.types import Scores
 
+MOST_WORKERS = 8
+
 
 def evaluate(
-    sources: Sequence[str], evaluations: Sequence[EvaluatorConfig], step: int | None = None
+    sources: Sequence[str],
+    evaluations: Sequence[EvaluatorConfig],
+    step: int | None = None,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
 ) -> dict[str, list[Scores]]:
-    """Scores of runs, exports and timm models; `step` is of the first, the others' is their newest."""
+    """Scores of runs, exports and timm models; `step` is of the first, the others' is their newest.
+
+    `device`: auto, cpu or cuda. `workers`: processes that decode, None: as many as there are processors, at
+    most `MOST_WORKERS`. Raises `UserError`.
+    """
+    where = device_named(device)
+    if workers is None:
+        workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
     found = {}
     for number, source in enumerate(sources):
         with progress_bar(f"encoding {source}" if number else "encoding") as progress:
-            found[source] = judge(source, evaluations, step=None if number else step, progress=progress)
+            found[source] = judge(
+                source, evaluations, step=None if number else step, device=where, workers=workers,
+                progress=progress,
+            )  # fmt: skip
     return found
+
+
+def device_named(name: str) -> torch.device:
+    """auto: a GPU where there is one. Raises `ConfigError` where `name` asks for one that isn't there."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ConfigError("--device: found cuda, but there is no GPU here; use auto or cpu")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
 def wanted(
@@ -95,14 +124,23 @@ def show(found: Mapping[str, Sequence[Scores]], *, as_json: bool) -> None:
 
 
 def save_pictures(source: str, scores: Sequence[Scores]) -> list[Path]:
-    """Write what was drawn to RUN/pictures, of another source to ./pictures; gives the files."""
+    """Write what was drawn to RUN/pictures, of another source to ./pictures; gives the files.
+
+    Raises `RunError` where they can't be written.
+    """
     folder = RunFolder(Path(source)).pictures if RunFolder(Path(source)).exists() else Path("pictures")
     written = []
     for score in scores:
         for name, picture in score.pictures.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            written.append(folder / f"{score.kind}-{name}.png")
-            image_of(picture).save(written[-1])
+            file, png = folder / f"{score.kind}-{name}.png", io.BytesIO()
+            image_of(picture).save(png, "PNG")
+            try:
+                write_whole(file, png.getvalue())
+            except OSError as error:
+                raise RunError(
+                    f"{file}: can't be written: {error.strerror}; make room, or let the folder be written to"
+                ) from error
+            written.append(file)
     return written
 
 

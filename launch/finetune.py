@@ -14,6 +14,7 @@ from torch import nn
 from configs.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.types import CenterCrop
+from launch.evaluate import device_named
 from launch.progress import progress_bar
 from pretrain.encoders import registered
 from pretrain.encoders.finetuning import classifier_arguments, reopened
@@ -24,30 +25,42 @@ from pretrain.finetune import FineTuneConfig, Start, accuracy, fine_tune
 
 
 def run(
-    start: Start, data: Path, config: FineTuneConfig, *, seed: int, workers: int, to: Path | None
+    start: Start,
+    data: Path,
+    config: FineTuneConfig,
+    *,
+    seed: int,
+    workers: int,
+    to: Path | None,
+    device: str = "auto",
 ) -> dict[str, float]:
     """Fine-tune on DATA/train and judge on DATA/val; with `to`, the classifier goes there.
 
     Gives top1 and top5 in percent. Raises `UserError`, before training where that can be known.
     """
     train, val = (data / part / "manifest.json" for part in ("train", "val"))
-    classes = _same_classes(train, val)
+    classes, where = _same_classes(train, val), device_named(device)
     if to is None:
-        return _tuned(start, train, val, config, seed, workers)[1]
+        return _tuned(start, train, val, config, seed, workers, where)[1]
     with folder_for(to, force=False) as partial:
-        model, found = _tuned(start, train, val, config, seed, workers)
+        model, found = _tuned(start, train, val, config, seed, workers, where)
         _write(model.cpu(), start, config, classes, found, partial, to)
     return found
 
 
 def _tuned(
-    start: Start, train: Path, val: Path, config: FineTuneConfig, seed: int, workers: int
+    start: Start,
+    train: Path,
+    val: Path,
+    config: FineTuneConfig,
+    seed: int,
+    workers: int,
+    device: torch.device,
 ) -> tuple[nn.Module, dict[str, float]]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress_bar("fine-tuning") as progress:
         model = fine_tune(start, train, config, seed=seed, device=device, workers=workers, advance=progress)
     view = evaluation_view(start.view(config.augmentation), start.encoder.crop)
-    return model, accuracy(model, val, view, device=device)
+    return model, accuracy(model, val, view, device=device, workers=workers)
 
 
 def _same_classes(train: Path, val: Path) -> tuple[str, ...]:

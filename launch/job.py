@@ -56,21 +56,28 @@ def hang_up() -> NoReturn:
     os._exit(HUNG)
 
 
-def job(root: Path, hung: Callable[[], object] = hang_up) -> Outcome:
+def job(root: Path, hung: Callable[[], object] = hang_up, *, last: bool = False) -> Outcome:
     """Train the prepared run in `root` as the rank that the environment names.
 
     `hung` is called from another thread where training stands still, after the log was told; it ends the
-    process.
+    process. `last`: nothing comes after it in this process, so that signals that come late change nothing.
     """
     rank = int(os.environ.get("RANK", "0"))
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # what NCCL did last, to be told when it hangs
+    # A lost peer aborts this process rather than leaving it in a collective: its launcher runs all again.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     with redirected(rank_log(root / "logs", rank), show=rank == 0) as console:
         try:
             from pretrain.folder import RunFolder
             from pretrain.health import StopRequest
             from pretrain.run import train
 
-            with speaking(), stack_dumps(), listening(StopRequest()) as stop, watching(root, stop, rank):
+            with (
+                speaking(),
+                stack_dumps(),
+                listening(StopRequest(), last) as stop,
+                watching(root, stop, rank),
+            ):
                 # Without a terminal, progress lines go the way of all output: log first, then console.
                 shown = console if console and console.isatty() else sys.stderr
                 reason = train(RunFolder(root), stop, shown, abort=hung)
@@ -101,8 +108,12 @@ def as_lines(error: UserError) -> str:
 
 
 @contextmanager
-def listening(stop: StopRequest) -> Iterator[StopRequest]:
-    """Meanwhile signals only set the flag of `stop`. A second Ctrl-C ends the process at once."""
+def listening(stop: StopRequest, last: bool = False) -> Iterator[StopRequest]:
+    """Meanwhile signals only set the flag of `stop`. A second Ctrl-C ends the process at once.
+
+    Where it ends well and was the `last` thing that the process does, signals are ignored from then on: all
+    is saved, and one that comes while Python shuts down must not make a failure of it.
+    """
 
     def ask(number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and stop.reason == "interrupted":
@@ -120,9 +131,12 @@ def listening(stop: StopRequest) -> Iterator[StopRequest]:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANING)
     try:
         yield stop
+    except BaseException:
+        last = False
+        raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if last else handler)
 
 
 @contextmanager
@@ -153,7 +167,7 @@ def main() -> None:
     if launcher := os.environ.get(LAUNCHER):
         die_with(int(launcher))
     try:
-        code = job(Path(sys.argv[1])).code
+        code = job(Path(sys.argv[1]), last=True).code
     except OSError as error:  # its log can't be made
         if (known := fault_of_place(error)) is None:
             raise

@@ -22,10 +22,11 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from configs.loading import load
-from launch.job import HUNG, LAUNCHER, LOST_PEER, MEANING, OUR_FAULT, STOPPED, USERS_INPUT, job
+from launch.job import DONE, HUNG, LAUNCHER, LOST_PEER, MEANING, OUR_FAULT, STOPPED, USERS_INPUT, job
 from launch.logs import rank_log
 
 if TYPE_CHECKING:
+    from pretrain.config import RunSection
     from pretrain.folder import RunFolder
 
 GRACE = 3.0
@@ -35,30 +36,30 @@ SHOWN = 20
 """Lines of a failed rank's log shown on the console."""
 
 
-def launch(folder: RunFolder, nproc: int, *, apart: bool = False) -> int:
+def launch(folder: RunFolder, nproc: int, *, apart: bool = False, last: bool = False) -> int:
     """Train the prepared run in `folder` with `nproc` ranks; gives the exit code.
 
     Output of rank 0 is shown, that of every rank lies in RUN/logs. Ctrl-C, SIGTERM and SIGUSR2 reach every
     rank once and end the run with a checkpoint; a second Ctrl-C ends it at once. Where a rank was killed or
     hung, all are started again, `train.health.restarts` times at most; a single rank runs in this process,
     and can't be, unless it is to run `apart`: DeepSpeed remembers its process group, so that a second run
-    in the same process fails.
+    in the same process fails. `last`: nothing comes after it in this process (see `launch.job.job`).
     """
     if nproc == 1 and not apart:
-        return job(folder.root).code
+        return job(folder.root, last=last).code
     from pretrain.config import RunConfig
 
     config = load(folder.config_file, RunConfig)
     left = config.train.health.restarts
     while True:
-        code, again = _once(folder, nproc, config.run.threads, config.run.device)
+        code, again = _once(folder, nproc, config.run, last)
         if not again or not left:
             return code
         left -= 1
         print(f"starting again from the newest checkpoint; {left} restarts are left", file=sys.stderr)
 
 
-def _once(folder: RunFolder, nproc: int, threads: int, device: str) -> tuple[int, bool]:
+def _once(folder: RunFolder, nproc: int, run: RunSection, last: bool) -> tuple[int, bool]:
     """One start of all ranks: the exit code, and whether another start may help."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, not listed in __all__
 
@@ -67,15 +68,15 @@ def _once(folder: RunFolder, nproc: int, threads: int, device: str) -> tuple[int
         "WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(run.threads),
         # Name resolution can take gloo 20 s where DNS doesn't answer; ranks of one machine don't need it.
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
     }  # fmt: skip
-    if device == "cpu":
+    if run.device == "cpu":
         shared["CUDA_VISIBLE_DEVICES"] = ""  # no context, no pinned memory on GPUs that others may be using
     # -P: a folder named `configs` where the user stands must not hide ours.
     command = [sys.executable, "-P", "-m", "launch.job", str(folder.root)]
-    return supervised(command, nproc, folder.logs, shared)
+    return supervised(command, nproc, folder.logs, shared, last)
 
 
 def supervise(command: Sequence[str], nproc: int, logs: Path, environment: Mapping[str, str]) -> int:
@@ -84,12 +85,12 @@ def supervise(command: Sequence[str], nproc: int, logs: Path, environment: Mappi
 
 
 def supervised(
-    command: Sequence[str], nproc: int, logs: Path, environment: Mapping[str, str]
+    command: Sequence[str], nproc: int, logs: Path, environment: Mapping[str, str], last: bool = False
 ) -> tuple[int, bool]:
     """As `supervise`; also gives whether to start again: a rank was killed or hung, and not in error."""
     ranks = _start(command, nproc, environment)
     try:
-        with _forwarding(ranks) as forwarded:
+        with _forwarding(ranks, last) as forwarded:
             first = _wait(ranks)
     finally:
         for rank in ranks:
@@ -163,7 +164,7 @@ class _Forwarded:
 
 
 @contextmanager
-def _forwarding(ranks: Sequence[Rank]) -> Iterator[_Forwarded]:
+def _forwarding(ranks: Sequence[Rank], last: bool) -> Iterator[_Forwarded]:
     state = _Forwarded()
 
     def pass_on(number: int, frame: FrameType | None) -> None:
@@ -184,8 +185,10 @@ def _forwarding(ranks: Sequence[Rank]) -> Iterator[_Forwarded]:
     try:
         yield state
     finally:
+        well = last and all(rank.process.poll() in (DONE, STOPPED) for rank in ranks)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            # Ranks have saved and left: a signal that comes now must not make a failure of it.
+            signal.signal(number, signal.SIG_IGN if well else handler)
 
 
 def _wait(ranks: Sequence[Rank]) -> Rank | None:

@@ -293,6 +293,8 @@ def sorter(key: str) -> Callable[[Run], tuple[bool, Any]]:
     def place(run: Run) -> tuple[bool, Any]:
         value = getattr(run, key)
         value = value.value if isinstance(value, Score) else value
+        if key == "job" and isinstance(value, str):  # 9_2, 9_10, 10_0
+            value = tuple(int(digits) for digits in re.findall(r"\d+", value))
         missing = value is None or (isinstance(value, float) and not finite(value))
         return missing, 0 if missing else value
 

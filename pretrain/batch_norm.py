@@ -92,6 +92,24 @@ class SyncBatchNorm(nn.BatchNorm2d):
         return (normalised if self.bias is None else normalised + self.bias.view(shape)).to(input.dtype)
 
 
+class _ThenActivation(nn.BatchNorm2d):
+    """timm's batch norms hold the activation behind them; so do those that replace them."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))  # type: ignore[no-any-return]
+
+
+class GroupedBatchNormAct(_ThenActivation, GroupedBatchNorm):
+    """`GroupedBatchNorm` with an activation."""
+
+
+class SyncBatchNormAct(_ThenActivation, SyncBatchNorm):
+    """`SyncBatchNorm` with an activation."""
+
+
 def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, (C,) each, of all ranks' (B, C, ...) float32 samples. With gradient.
 
@@ -139,12 +157,16 @@ def convert(module: nn.Module, kind: Kind, size: int = 0) -> nn.Module:
 
 
 def _converted(layer: nn.modules.batchnorm._BatchNorm, kind: Kind, size: int) -> nn.Module:
-    if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d):
+    acts = isinstance(layer, nn.BatchNorm2d) and {name for name, _ in layer.named_children()} == {
+        "drop",
+        "act",
+    }
+    if type(layer) not in (nn.BatchNorm1d, nn.BatchNorm2d) and not acts:
         raise ConfigError(
-            f"objective.batch_norm: {type(layer).__name__} can't be made {kind}; "
-            "use shuffle, or another encoder"
+            f"objective.batch_norm: {type(layer).__name__} can't be made {kind}; use rank, or another encoder"
         )
-    new: nn.BatchNorm2d = GroupedBatchNorm(1) if kind == "grouped" else SyncBatchNorm(1)
+    grouped, sync = (GroupedBatchNormAct, SyncBatchNormAct) if acts else (GroupedBatchNorm, SyncBatchNorm)
+    new: nn.BatchNorm2d = grouped(1) if kind == "grouped" else sync(1)
     new.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_forward")})
     if isinstance(new, GroupedBatchNorm):
         new.size = size
@@ -153,6 +175,19 @@ def _converted(layer: nn.modules.batchnorm._BatchNorm, kind: Kind, size: int) ->
 
 def has_batch_norm(module: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules())
+
+
+def require_samples(text: str, encoder: nn.Module) -> None:
+    """Refuse groups of samples where a batch norm is given tokens, as many as it likes a sample.
+
+    Raises `ConfigError`.
+    """
+    if parse(text)[0] == "grouped" and any(isinstance(m, nn.BatchNorm1d) for m in encoder.modules()):
+        raise ConfigError(
+            f"objective.batch_norm: found {text}, and this encoder's batch norms are given tokens, not "
+            f"samples; "
+            "use rank or sync, or another encoder"
+        )
 
 
 def require_independent_parts(
@@ -164,6 +199,7 @@ def require_independent_parts(
     """
     if not has_batch_norm(encoder):
         return
+    require_samples(text, encoder)
     kind, size = parse(text)
     if kind == "grouped" and micro_batch_size % size:
         raise ConfigError(

@@ -99,6 +99,16 @@ class RunConfig(Config):
         grey = self.encoder.channels == 1
         return [replace(view, grey=grey) for view in self.objective.views(image_size)]
 
+    @property
+    def slow_optimizer(self) -> tuple[str, str] | None:
+        """What is slow about the optimizer's place, and what to do; None where nothing is."""
+        if self.train.offload is None or self.run.threads > 1:
+            return None
+        return (
+            "train.offload: the optimizer steps on the host by run.threads=1, seconds a step for a ViT-L",
+            "set run.threads to the processors that a rank has",
+        )
+
     def micro_batch(self, world_size: int) -> tuple[int, int]:
         """(samples a rank takes at once, micro-batches a step).
 

@@ -143,7 +143,7 @@ def timm_config(backbone: Backbone) -> dict[str, Any]:
     encoder: Any = backbone.encoder
     view, config = backbone.view, backbone.config
     assert isinstance(view.crop, CenterCrop), "an export is shown images as an evaluation is"
-    known = encoder.pretrained_cfg
+    known = getattr(encoder, "pretrained_cfg", None) or {}
     pretrained = {
         "tag": "keel",
         "custom_load": False,

@@ -68,7 +68,7 @@ def text(card: Card, story: Story) -> str:
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n# {card.title}",
         f"```python\n{card.loading}\n```\n\n{card.note}",
         _table(("", ""), [(name.replace("_", " "), value) for name, value in facts.items()]),
-        f"## Evaluations\n\n{_evaluations(judged, facts)}",
+        f"## Evaluations\n\n{_evaluations(judged, facts, card.library)}",
     ]
     if story.losses:
         parts.append(f"## Training\n\n![Loss over samples seen]({CURVE})")
@@ -78,11 +78,13 @@ def text(card: Card, story: Story) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _evaluations(judged: Mapping[str, Mapping[str, float]], facts: Mapping[str, Any]) -> str:
+def _evaluations(judged: Mapping[str, Mapping[str, float]], facts: Mapping[str, Any], library: str) -> str:
     if judged:
         figures = [(name, *each) for name, values in judged.items() for each in values.items()]
         return _table(("evaluation", "figure", "value"), [(n, f, f"{v:.4g}") for n, f, v in figures])
     what = "this step" if facts.get("weights", "model") == "model" else f"the {facts['weights']} weights"
+    if library == "open_clip":  # a folder that keel doesn't open
+        return f"The run made none of {what}; `keel evaluate RUN kind=zero_shot data=DATA` does."
     return f"The run made none of {what}; `keel evaluate FOLDER kind=knn data=DATA` does."
 
 

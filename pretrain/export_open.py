@@ -10,27 +10,29 @@ from torch import nn
 
 from configs.errors import RunError
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain.encoders import registered
+from pretrain.encoders import hub, registered
 from pretrain.encoders.torchvision_compat import ensure_torchvision
 
 
 def open_timm(source: str, *, pretrained: bool = True) -> tuple[nn.Module, ViewSpec]:
     """A pretrained encoder without its classifier, and how it wants to be shown an image.
 
-    `source` is an exported folder or a timm name such as `resnet50.a1_in1k` (downloaded if not cached).
+    `source` is an exported folder, a timm name such as `resnet50.a1_in1k` (downloaded if not cached), or what
+    timm itself calls them: local-dir:FOLDER, hf-hub:OWNER/NAME.
     Without `pretrained` its weights are random. Raises `RunError` where it can't be opened.
     """
     ensure_torchvision()
     import timm
 
-    name = f"local-dir:{Path(source).absolute()}" if Path(source).is_dir() else source
-    _bring_own(Path(source))
-    if name == source and not timm.is_model(name):
-        raise RunError(f"{source}: neither a run folder, an exported folder, nor a model that timm knows")
+    folder = hub.folder_of(source)
+    if folder is not None:
+        _bring_own(folder)
+    name = hub.timm_name(source)
     try:
-        model = timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
+        with hub.hub_within_reach(name if pretrained else hub.LOCAL):
+            model = timm.create_model(name, pretrained=pretrained, num_classes=0).eval()
     except Exception as error:  # timm raises whatever its downloader, its readers or the model raise
-        raise RunError(f"{source}: timm can't open it: {' '.join(str(error).split())[:300]}") from error
+        raise RunError(f"{source}: timm can't open it: {hub.why(name, error)}") from error
     assert isinstance(model, nn.Module)
     return model, _view(source, timm.data.resolve_model_data_config(model))
 

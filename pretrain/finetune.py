@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from configs.errors import DataError
+from configs.errors import ConfigError, DataError
 from configs.loading import Config
 from data_pipeline.config import DataConfig
 from data_pipeline.load import build_loader, sequential
@@ -31,7 +31,7 @@ from data_pipeline.transform import device_half
 from data_pipeline.types import IMAGENET_MEAN, IMAGENET_STD, Batch, CenterCrop, ViewSpec
 from pretrain import encoders, trained
 from pretrain.augmentation import Augmentation
-from pretrain.encoders import EncoderConfig, registered, weights
+from pretrain.encoders import EncoderConfig, hub, registered, weights
 from pretrain.encoders.finetuning import classifier, erasing, layerwise_groups, mixing
 from pretrain.evaluators.few_shot import draw_labels
 from pretrain.evaluators.subject import evaluation_view
@@ -130,7 +130,10 @@ def start_of(
 def _at_size(encoder: nn.Module, config: EncoderConfig, size: tuple[int, int], source: str) -> nn.Module:
     """The same weights in an encoder for images of another size."""
     with torch.random.fork_rng(devices=[]):
-        other = encoders.build(config, size)
+        try:
+            other = encoders.build(config, size)
+        except ConfigError as error:
+            raise ConfigError(str(error).removeprefix("data.")) from error
     weights.carry_over(encoder, other, source)
     return other
 
@@ -138,10 +141,11 @@ def _at_size(encoder: nn.Module, config: EncoderConfig, size: tuple[int, int], s
 def _described(source: str, encoder: nn.Module, view: ViewSpec) -> EncoderConfig:
     """What makes the same network again, of one that timm has made from a folder or a name."""
     known: Any = encoder.pretrained_cfg
-    file = Path(source) / "config.json"  # timm has opened it just now, and forgets the arguments
-    described = json.loads(file.read_text()) if file.is_file() else {}
+    file = hub.config_file(source)  # timm has opened it just now, and forgets the arguments
+    described = json.loads(file.read_text()) if file is not None else {}
     arguments = dict(described.get("model_args") or {})
-    arguments.pop("img_size", None)  # follows from the images
+    for name in ("img_size", "num_classes"):  # these follow from the images and the task
+        arguments.pop(name, None)
     if view.grey:
         arguments["in_chans"] = 1
     pooling: encoders.Pooling = "token"  # as the arguments say
@@ -245,13 +249,18 @@ def _train(
 
 
 def accuracy(
-    model: nn.Module, manifest: Path, view: ViewSpec, *, device: torch.device | None = None
+    model: nn.Module,
+    manifest: Path,
+    view: ViewSpec,
+    *,
+    device: torch.device | None = None,
+    workers: int = 0,
 ) -> dict[str, float]:
     """`top1` in percent of a labelled set, and `top5` where there are more than five classes."""
     device = device or torch.device("cpu")
     hits, count, prepare = torch.zeros(5), 0, device_half([view])
     with torch.no_grad():
-        for batch in sequential(manifest, view, batch_size=256):
+        for batch in sequential(manifest, view, batch_size=256, workers=workers):
             batch = prepare(batch.to(device))
             assert batch.target is not None
             logits = model(batch.views[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,6 +26,8 @@ from pretrain.health import StopRequest
 from pretrain.plan import Plan
 from pretrain.types import StopReason
 
+log = logging.getLogger(__name__)
+
 DemoProgress = Callable[[int, int], None]
 
 
@@ -43,6 +46,8 @@ def prepare(
     `UserError`.
     """
     config = config.placed()
+    if not loading.is_text(str(config.run.dir)):  # by the folder that this was called from
+        raise RunError(f"run.dir: {config.run.dir}: a part of its path isn't UTF-8; choose another place")
     config.micro_batch(world_size)
     config.require_devices(world_size, gpu)  # before demo data are made
     folder = RunFolder(config.run.dir)
@@ -51,7 +56,7 @@ def prepare(
             raise RunError(f"run.dir: {folder.root} is a run already, and a fork is a new one; set another")
         _refuse_another_run(folder, config)
     best.require_known(config.checkpoint, config.evaluate)
-    make_missing(config.data, progress)
+    make_missing(config.data, config.run.dir, progress)
     plan = Plan.of(config)
     consumed = plan.total_steps * config.train.batch_size
     plan.data.require(config.objective.needs, world_size=world_size, seed=config.run.seed, samples=consumed)
@@ -66,7 +71,7 @@ def prepare(
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)
         evaluation.require_data()
-    start.require_reopenable(config.encoder)
+    start.require_reopenable(config.encoder, plan.image_size)
     branch = None if fork is None else fork.checkpoint()
     starting = None if state or fork is not None else start.opened(config.encoder, plan.image_size)
     if fork is not None and branch is not None:
@@ -118,6 +123,8 @@ def train(folder: RunFolder, stop: StopRequest, console: TextIO | None = None, *
     config = loading.load(folder.config_file, RunConfig)
     torch.set_num_threads(config.run.threads)
     here = processes.start(config.run.device)
+    if here.main and (slow := config.slow_optimizer):
+        log.warning("%s; %s", *slow)
     try:
         with folder.lease() if here.main else nullcontext():
             return attempts(folder, config, here, Outside(stop, console, **outside))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from data_pipeline.types import Batch
 from pretrain.health import Health, Stopping
 from pretrain.types import (
+    BEYOND_STEPS,
     Engine,
     Listener,
     LossOutput,
@@ -52,7 +53,7 @@ class Trainer:
                 progress = progress.applied()
                 self.objective.after_step(update, progress)
             seconds = waited + time.perf_counter() - started
-            self.enter("after the step")
+            self.enter(BEYOND_STEPS)
             if update is None:
                 self.health.skipped(progress)
             else:

@@ -20,6 +20,9 @@ from torch.utils.checkpoint import checkpoint
 from configs.loading import Config
 from data_pipeline.types import Batch, ViewSpec
 
+BEYOND_STEPS = "after the step"
+"""The phase of a loop that may take as long as it likes: saving and evaluating aren't hanging."""
+
 Unit = Literal["steps", "samples", "epochs", "min"]
 _UNITS: Mapping[str, Unit] = {
     "step": "steps", "steps": "steps", "sample": "samples", "samples": "samples",

@@ -21,12 +21,10 @@ from typing import Self
 import torch
 
 from pretrain.health import HealthConfig
+from pretrain.types import BEYOND_STEPS
 
 WARM_UP = 5
 """Steps of an attempt before their median means anything."""
-
-BEYOND_STEPS = "after the step"
-"""The phase that may take as long as it likes."""
 
 
 class Watchdog:

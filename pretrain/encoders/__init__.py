@@ -67,7 +67,14 @@ class EncoderConfig(Config):
     def placed(self) -> EncoderConfig:
         """The same with an absolute path to weights, also to those that are gone by now."""
         path = Path(self.weights or "").expanduser()
-        if self.weights is None or not (path.exists() or len(path.parts) > 1 or path.suffix in _FILES):
+        if self.weights is not None and self.weights.startswith("local-dir:"):
+            path = Path(self.weights.removeprefix("local-dir:")).expanduser()
+            return self.model_copy(update={"weights": f"local-dir:{path.absolute()}"})
+        if (
+            self.weights is None
+            or self.weights.startswith(("hf-hub:", "hf_hub:"))
+            or not (path.exists() or len(path.parts) > 1 or path.suffix in _FILES)
+        ):
             return self
         return self.model_copy(update={"weights": str(path.absolute())})
 
@@ -96,11 +103,11 @@ def arguments(config: EncoderConfig, image_size: tuple[int, int]) -> dict[str, A
         chosen.setdefault("img_size", tuple(image_size))
     if config.pooling == "avg" and _is_plain(config.name, _frozen(chosen)):
         wanted = {"global_pool": "avg", "fc_norm": False}
-        differing = [name for name, value in wanted.items() if chosen.get(name, value) != value]
-        if differing or ("global_pool" in chosen) != ("fc_norm" in chosen):
+        said = {name: chosen[name] for name in wanted if name in chosen}
+        if said not in ({}, wanted, {"fc_norm": False}):
             raise ConfigError(
-                f"encoder.pooling: avg is the mean of a ViT's patches behind its last norm, and "
-                f"encoder.args say { {name: chosen[name] for name in wanted if name in chosen} }; leave out one of them"
+                "encoder.pooling: avg is the mean of a ViT's patches behind its last norm, and encoder.args "
+                f"say {said}; leave out one of them"
             )
         # fc_norm=False keeps the norm in front of the mean; timm alone would move it behind.
         chosen |= wanted

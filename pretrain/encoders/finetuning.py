@@ -56,7 +56,7 @@ def classifier(
         if head.bias is not None:
             nn.init.zeros_(head.bias)
     if is_vit(model) and model.pos_embed is not None:
-        model.pos_embed.requires_grad_(True)  # type: ignore[union-attr, operator]  # fixed while it pretrained
+        model.pos_embed.requires_grad_(True)  # fixed while it pretrained
     return model
 
 

@@ -96,7 +96,7 @@ def _words(given: Any) -> str:
     return type(given).__name__
 
 
-class _Windows(TorchDispatchMode):
+class _Windows(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the first layer whose windows, which don't overlap, leave out the end of its input.
 
     Where windows overlap, or are smaller than their stride (the shortcuts of a ResNet), another layer sees
@@ -104,7 +104,7 @@ class _Windows(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dropped: Dropped | None = None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

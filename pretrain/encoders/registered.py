@@ -10,9 +10,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -57,45 +54,19 @@ def require_known(name: str) -> None:
     )  # fmt: skip
 
 
+def is_own(name: str) -> bool:
+    """Whether an architecture is somebody's own, not timm's."""
+    home: str = timm.model_entrypoint(name.partition(".")[0]).__module__
+    return home != "timm" and not home.startswith("timm.")
+
+
 def origins(name: str, imports: Iterable[str] = ()) -> list[str]:
     """Modules to be imported before timm can make `name`: none for timm's own.
 
-    `imports` first, and where none of them is, or holds, the one that defines it, that one too.
+    `imports`, and where there are none, the module that defines it.
     """
-    home = timm.model_entrypoint(name.partition(".")[0]).__module__
-    if home == "timm" or home.startswith("timm."):
-        return list(imports)
     named = list(imports)
-    return named if named else [home]
-
-
-def problem(name: str, imports: Iterable[str] = ()) -> str | None:
-    """Why a fresh process couldn't make `name`; None where it can. Starts one, unless it is timm's own."""
-    home = timm.model_entrypoint(name.partition(".")[0]).__module__
-    if home == "timm" or home.startswith("timm."):
-        return None
-    needed = origins(name, imports)
-    if "__main__" in needed:
-        return "is registered by the program itself; put it into a module of its own and name that in "
-        "encoder.imports"
-    code = (
-        "import sys, importlib\nname, *modules = sys.argv[1:]\nfor module in modules: "
-        "importlib.import_module(module)\n"
-        "import timm\nsys.exit(0 if timm.is_model(name) else f'importing {modules} registers no {name}')"
-    )
-    with tempfile.TemporaryDirectory() as elsewhere:
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", code, name, *needed],
-            cwd=elsewhere, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    if done.returncode == 0:
-        return None
-    reason = (done.stderr.strip().splitlines() or ["it died"])[-1][:200]
-    return (
-        f"a fresh process, as whoever opens the export has, can't make it by importing {', '.join(needed)}: "
-        f"{reason}; "
-        "install the module, or put its folder on PYTHONPATH, and name it in encoder.imports"
-    )
+    return [timm.model_entrypoint(name.partition(".")[0]).__module__] if not named and is_own(name) else named
 
 
 def opened_with(config: Any) -> list[str]:

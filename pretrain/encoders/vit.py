@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block, VisionTransformer  # noqa: E40
 def not_plain(encoder: nn.Module) -> str | None:
     """What keeps an encoder from being a ViT whose patches are one layer's, in a fixed grid."""
     if not isinstance(encoder, VisionTransformer):
-        return f"a {type(encoder).__name__} is none"
+        return f"this is {type(encoder).__name__}"
     if type(encoder.patch_embed) is not PatchEmbed:
         return f"its patches come from a {type(encoder.patch_embed).__name__}"
     if encoder.pos_embed is None:

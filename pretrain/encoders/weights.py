@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs.errors import RunError
-from pretrain.encoders import positions, registered
+from pretrain.encoders import hub, positions, registered
 from pretrain.encoders.positions import Grid
 
 
@@ -96,11 +96,11 @@ def load(encoder: nn.Module, source: str, image_size: int | tuple[int, int] | No
     if image_size is not None:
         given = replace(given, grid=positions.grid_at(encoder, image_size))
     _refuse_not_finite(given.tensors, source)
-    _refuse_unlike(encoder, given, source)
     found, grid, note = positions.fitted(encoder, given.tensors, given.grid, source)
     notes = (*given.loaded.notes, *([note] if note else []))
     loaded = replace(given.loaded, grid=grid, notes=notes)
     _refuse_misfit(encoder.state_dict(), found, source)
+    _refuse_unlike(encoder, given, source)
     encoder.load_state_dict(found, strict=True)
     return loaded
 
@@ -195,7 +195,7 @@ def _of_file(encoder: nn.Module, path: Path) -> _Source:
     last = (*layout.head, *(f"{name}." for name in classifiers(encoder)))
     heads = {name for name in inside if name.startswith(last) and name not in own}
     outside = tensors.keys() - {layout.prefix + name for name in inside}
-    notes = ()
+    notes: tuple[str, ...] = ()
     kept = {name: value for name, value in inside.items() if name not in heads}
     if layout.name == "CLIP":
         notes = _activation(encoder, tensors.keys(), path)
@@ -235,7 +235,8 @@ def _activation(encoder: nn.Module, names: Iterable[str], path: Path) -> tuple[s
     here = "quick GELU" if quick else "exact GELU"
     return (
         f"the file doesn't say its activation, and this encoder has the {here}: OpenAI's weights and "
-        "open_clip's -quickgelu ones are of the quick GELU (timm's vit_*_clip_quickgelu_*), its others of the exact one",
+        "open_clip's -quickgelu ones are of the quick GELU (timm's vit_*_clip_quickgelu_*), its others of "
+        "the exact one",
     )
 
 
@@ -296,21 +297,17 @@ def _converted_clip(encoder: nn.Module, visual: dict[str, Tensor]) -> dict[str, 
 def _of_timm(encoder: nn.Module, source: str) -> _Source:
     import timm
 
-    path = Path(source).expanduser()
-    name = f"local-dir:{path.absolute()}" if path.is_dir() else source
-    if name == source and not timm.is_model(source):
-        raise RunError(
-            f"encoder.weights: {source} is neither a file, nor a folder, nor a name that timm knows; "
-            "check the path, or see timm.list_pretrained()"
-        )
-    if path.is_dir():
-        _bring(path)
+    folder = hub.folder_of(source)
+    if folder is not None:
+        _bring(folder)
+    name = hub.timm_name(source, "encoder.weights: ")
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        with hub.hub_within_reach(name):
+            model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # timm raises whatever its downloader, its readers or the model raise
-        reason = " ".join(str(error).split())[:300]
         raise RunError(
-            f"encoder.weights: timm can't open {source}: {reason}; check the name and the network"
+            f"encoder.weights: timm can't open {source}: {hub.why(name, error)}; "
+            "check the name and the network"
         ) from error
     return _Source(model.state_dict(), Loaded("timm's"), model, positions.grid_of(model))
 

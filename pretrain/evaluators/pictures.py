@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -48,6 +49,11 @@ class Pictures:
         [manifest] = self.config.manifests()
         data = Manifest.load(manifest)
         drawn = dict(self._of_objective(subject, manifest, data))
+        details: dict[str, Any] = {}
+        if "similarities" in drawn:
+            # A sheet's font knows few scripts; whoever shows it can write them beside it.
+            texts = sheets.captions(manifest, range(min(self.config.count, data.samples)))
+            details["captions"] = {"similarities": texts}
         if self.config.neighbours:
             both = (subject.features(manifest),) * 2
             sheet = sheets.neighbours(subject, manifest, manifest, both, most=self.config.count)
@@ -56,7 +62,7 @@ class Pictures:
             images = sheets.some(subject, manifest, range(min(self.config.count, data.samples))).views[0]
             drawn["attention"] = _tensor(sheets.attention(subject, images))
             drawn["components"] = _tensor(sheets.components(subject, images))
-        return Scores(self.config.title, {}, {"drawn": sorted(drawn)}, drawn)
+        return Scores(self.config.title, {}, {"drawn": sorted(drawn), **details}, drawn)
 
     def _of_objective(self, subject: Subject, manifest: Path, data: Manifest) -> Mapping[str, Tensor]:
         if subject.objective is None:

@@ -22,6 +22,8 @@ from pretrain.evaluators.subject import Subject
 from pretrain.evaluators.zero_shot import ImageText, text_embeddings
 
 _INK, _PAPER, _MARK = (20, 20, 20), (255, 255, 255), (200, 60, 40)
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf")
 _CELL, _LINE = 64, 16  # pixels: a picture's side, a line of text
 
 
@@ -87,14 +89,16 @@ def similarities(subject: Subject, manifest: Path, numbers: Sequence[int]) -> Im
     images = some(subject, manifest, numbers).views[0]
     with subject.looking():
         cosines = (embedded @ objective.embed_images(images).T).cpu()
-    margin = min(6 * max(map(len, texts)), 420)
+    font = _font()
+    drawn = [drawable(f"{number}. {text}", font) for number, text in enumerate(texts, 1)]
+    margin = min(max(int(font.getlength(text)) for text in drawn) + 8, 420)
     sheet = Image.new("RGB", (margin + _CELL * len(texts), _CELL + (_LINE * 2) * len(texts)), _PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    pen = ImageDraw.Draw(sheet)
     for right in range(len(texts)):
         sheet.paste(_cell(denormalised(images[right], subject.view)), (margin + right * _CELL, 0))
-    for down, caption in enumerate(texts):
+    for down, caption in enumerate(drawn):
         top = _CELL + down * 2 * _LINE
-        pen.text((4, top + _LINE // 2), caption[: margin // 6], fill=_INK, font=font)
+        pen.text((4, top + _LINE // 2), shortened(caption, margin - 8, font), fill=_INK, font=font)
         for right in range(len(texts)):
             value = float(cosines[down, right])
             shade = round(255 * (1 - min(max(value, 0.0), 1.0)))
@@ -109,6 +113,36 @@ def similarities(subject: Subject, manifest: Path, numbers: Sequence[int]) -> Im
             ink = _INK if shade > 110 else _PAPER
             pen.text((left + 18, top + _LINE // 2), f"{value:.2f}", fill=ink, font=font)
     return sheet
+
+
+def _font() -> Font:
+    """One of the system's that knows many letters, where there is one; Pillow's own knows ASCII."""
+    for name in _FONTS:
+        try:
+            return ImageFont.truetype(name, 12)
+        except OSError:
+            continue
+    return ImageFont.load_default(12)
+
+
+def drawable(text: str, font: Font) -> str:
+    """`text` in one line, with the numbers of characters that the font has no picture of: a <U+732B>."""
+    # What isn't known is drawn as one box, whatever it is.
+    box = font.getmask("\U0010ffff").getbbox(), bytes(font.getmask("\U0010ffff"))
+    told = []
+    for letter in " ".join(text.split()):
+        mask = font.getmask(letter)
+        known = letter == " " or (mask.getbbox() is not None and (mask.getbbox(), bytes(mask)) != box)
+        told.append(letter if known else f"<U+{ord(letter):04X}>")
+    return "".join(told)
+
+
+def shortened(text: str, width: int, font: Font) -> str:
+    """As much of `text` as fits into `width` pixels, with an ellipsis where something is left out."""
+    if font.getlength(text) <= width:
+        return text
+    end = next(end for end in range(len(text) - 1, -1, -1) if font.getlength(text[:end] + "...") <= width)
+    return text[:end].rstrip() + "..."
 
 
 def attention(subject: Subject, images: Tensor) -> Image.Image:

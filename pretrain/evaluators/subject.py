@@ -31,6 +31,8 @@ from pretrain.types import Duration, Objective, Scores
 
 log = logging.getLogger(__name__)
 
+_MANY = 100_000  # classes that a vote or a classifier over all of them still bears
+
 Advance = Callable[[int], None]
 """Called with the number of samples just encoded, for progress bars."""
 
@@ -121,7 +123,7 @@ def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 def evaluation_view(training: ViewSpec, fraction: float = 0.875) -> ViewSpec:
-    """The plain, centred counterpart of a training view: its size, resampling and normalisation alone.
+    """The plain, centred counterpart of a training view: its size, resampling, channels and normalisation.
 
     `fraction` is what the crop keeps of the shorter side (timm's crop_pct).
     """
@@ -132,6 +134,7 @@ def evaluation_view(training: ViewSpec, fraction: float = 0.875) -> ViewSpec:
         flip=0.0,
         mean=training.mean,
         std=training.std,
+        grey=training.grey,
     )
 
 
@@ -264,6 +267,13 @@ class EvaluatorConfig(Config, ABC):
 
     def _require_learnable(self, learn: Labels, judge: Labels) -> None:
         """Refuse labels that it can't learn from. Raises `UserError`. Kinds ask for more."""
+        highest = int(max(part.numbers.max(initial=0) for part in (learn, judge)))
+        if highest >= max(_MANY, 2 * (len(learn.numbers) + len(judge.numbers))):
+            raise DataError(
+                f"evaluate.{self.title}: {self.manifests()[-1]}: has labels up to {highest}, more than it "
+                "has images: identifiers, for each of which a class would be made; number them anew with "
+                "keel data pack --labels-as-names"
+            )
         if not len(judge.numbers) or not set(learn.numbers.tolist()) & set(judge.numbers.tolist()):
             raise DataError(
                 f"evaluate.{self.title}: {self.manifests()[-1]}: no class has an image to learn from and "

@@ -106,6 +106,11 @@ class ZeroShotConfig(EvaluatorConfig):
         names = self._names(manifest)
         labels: dict[str, int] = {}
         for number, name in enumerate(names):
+            if name != name.encode(errors="replace").decode():  # of a folder in another encoding
+                raise ConfigError(
+                    f"evaluate.{self.title}.classes: {self.classes or manifest.path}: label {number} is "
+                    f"called {name!a}, which isn't UTF-8 text; give a file with a name for each label"
+                )
             if labels.setdefault(name, number) != number:
                 raise ConfigError(
                     f"evaluate.{self.title}.classes: {self.classes or manifest.path}: labels {labels[name]} "

@@ -31,7 +31,7 @@ from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, ViewSpec
 from pretrain import collapse, collectives, encoders, heads, losses, teacher
 from pretrain.augmentation import Augmentation
-from pretrain.batch_norm import Spelled, convert, has_batch_norm, parse
+from pretrain.batch_norm import Spelled, convert, has_batch_norm, parse, require_samples
 from pretrain.precision import autocast
 from pretrain.queue import Queue
 from pretrain.types import (
@@ -72,6 +72,7 @@ class MoCoConfig(ObjectiveConfig):
         return {"objective.queue": self.queue, "train.batch_size": batch_size}
 
     def build(self, context: BuildContext) -> MoCo:
+        require_samples(self.batch_norm, context.encoder)
         kind, size = parse(self.batch_norm)
         if kind == "grouped" and context.micro_batch_size % size:
             raise ConfigError(

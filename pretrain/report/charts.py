@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.report.curves import Axis, Line, axis_over, thinned
-from pretrain.report.reading import Floats, Run
+from pretrain.report.curves import Axis, Line, axis_over, beyond, decades, thinned
+from pretrain.report.reading import UNKNOWN, Floats, Run
 
 SHARES = ("computing", "waiting for data", "saving", "evaluating and all else")
 """What the time of a run goes into."""
 
 _BINS = 60
+_APART = 20.0  # lines whose largest values lie further apart aren't drawn on one linear scale
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Chart:
     x: Axis  # samples
     y: Axis
     marked: bool = False  # each point is a measurement of its own, to be seen as one
+    beyond: Sequence[Line] = ()  # of the lines, those that leave the scale, which the others would be flat on
+    absent: Sequence[str] = ()  # runs that have this figure, but never a finite one
 
 
 @dataclass(frozen=True)
@@ -40,19 +43,31 @@ class Shares:
 
 
 _MAIN = (
-    ("loss", "Loss", "mean over the global batch", False),
-    ("lr", "Learning rate", "of each step", True),
-    ("grad_norm", "Gradient norm", "global L2 norm before clipping", False),
-    ("samples_per_second", "Throughput", "samples a second, all ranks together", True),
+    ("loss", "Loss", "mean over the global batch", False, True),
+    ("lr", "Learning rate", "of each step", True, False),
+    ("grad_norm", "Gradient norm", "global L2 norm before clipping", False, True),
+    ("samples_per_second", "Throughput", "samples a second, all ranks together", True, False),
 )
+"""Column, title, meaning, from nothing, a chart for each objective: their losses have no common scale."""
 
 
 def main_charts(runs: Sequence[Run]) -> list[Chart]:
     """Loss, learning rate, gradient norm and throughput."""
     found: list[Chart] = []
-    for column, title, meaning, zero in _MAIN:
-        lines = _lines(runs, {n: run.columns.get(column) for n, run in enumerate(runs)})
-        found += _chart(title, meaning, lines, zero=zero, log=False if zero else None)
+    for column, title, meaning, zero, apart in _MAIN:
+        groups = by_objective(runs) if apart else {"": range(len(runs))}
+        for objective, numbers in groups.items():
+            lines, absent = _lines(runs, {n: runs[n].columns.get(column) for n in numbers})
+            named = f"{title}, {objective}" if len(groups) > 1 else title
+            found += _chart(named, meaning, lines, absent, zero=zero, log=False if zero else None)
+    return found
+
+
+def by_objective(runs: Sequence[Run]) -> dict[str, list[int]]:
+    """Numbers of the runs that train by each objective, in order of their first."""
+    found: dict[str, list[int]] = {}
+    for number, run in enumerate(runs):
+        found.setdefault(str(run.settings.get("objective.name", UNKNOWN)), []).append(number)
     return found
 
 
@@ -61,8 +76,8 @@ def own_charts(runs: Sequence[Run]) -> list[Chart]:
     names = dict.fromkeys(name for run in runs for name in run.columns if name.startswith("objective/"))
     found: list[Chart] = []
     for name in names:
-        lines = _lines(runs, {n: run.columns.get(name) for n, run in enumerate(runs)})
-        found += _chart(name.removeprefix("objective/").replace("_", " "), "", lines)
+        lines, absent = _lines(runs, {n: run.columns.get(name) for n, run in enumerate(runs)})
+        found += _chart(name.removeprefix("objective/").replace("_", " "), "", lines, absent)
     return found
 
 
@@ -73,37 +88,53 @@ def evaluation_charts(runs: Sequence[Run]) -> list[Chart]:
         for row in run.evaluations:
             for name, value in row["values"].items():
                 own = points.setdefault(f"{row['name']} / {name}", {}).setdefault(number, [])
-                own.append((row["samples"], value))
+                own.append((float(row.get("samples", row["step"])), value))
     found: list[Chart] = []
     for title, by_run in points.items():
         lines = [
             thinned(runs[number].name, number, *np.array(sorted(own), dtype=np.float64).T)
             for number, own in by_run.items()
         ]
-        found += _chart(title, "", [line for line in lines if line is not None], log=False, marked=True)
+        absent = [runs[n].name for n, line in zip(by_run, lines, strict=True) if line is None]
+        known = [line for line in lines if line is not None]
+        found += _chart(title, "", known, absent, log=False, marked=True)
     return found
 
 
-def _lines(runs: Sequence[Run], columns: Mapping[int, Floats | None]) -> list[Line]:
-    found: list[Line] = []
+def _lines(runs: Sequence[Run], columns: Mapping[int, Floats | None]) -> tuple[list[Line], list[str]]:
+    """Lines, and the names of runs whose column has no finite value."""
+    found, absent = list[Line](), list[str]()
     for number, column in columns.items():
-        if column is not None:
-            line = thinned(runs[number].name, number, runs[number].columns["samples"], column)
-            found += [line] if line is not None else []
-    return found
+        if column is None or "samples" not in runs[number].columns:
+            continue
+        line = thinned(runs[number].name, number, runs[number].columns["samples"], column)
+        if line is None:
+            absent.append(runs[number].name)
+        else:
+            found.append(line)
+    return found, absent
 
 
 def _chart(
     title: str,
     meaning: str,
     lines: Sequence[Line],
+    absent: Sequence[str],
     *,
     zero: bool = False,
     log: bool | None = None,
     marked: bool = False,
 ) -> Iterable[Chart]:
     if lines:
-        yield Chart(title, meaning, lines, samples_axis(lines), axis_over(lines, zero=zero, log=log), marked)
+        out = beyond(lines)
+        away = {line.colour for line in out}
+        usual = [line for line in lines if line.colour not in away]
+        axis = axis_over(usual, zero=zero, log=log)
+        tops = [float(np.nanmax(line.high)) for line in usual]
+        if zero and min(tops) > 0 and max(tops) > _APART * min(tops):
+            # From nothing, as amounts are read, all but the largest would lie on the floor.
+            axis = decades(min(tops) / 10, max(tops))
+        yield Chart(title, meaning, lines, samples_axis(lines), axis, marked, out, absent)
 
 
 def samples_axis(lines: Sequence[Line]) -> Axis:

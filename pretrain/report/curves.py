@@ -8,14 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.report.reading import Floats
+from pretrain.report.reading import UNKNOWN, Floats
 
 POINTS = 300
 """Points of a line at most: a phone has as many pixels across, a desktop's chart twice as many."""
-
-
-UNKNOWN = "\u2013"
-"""What stands where nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +102,30 @@ def axis_over(lines: Sequence[Line], *, log: bool | None = None, zero: bool = Fa
         bottom, top = np.quantile(usual, [0.02, 0.98])
         log = bool(low > 0 and top > 30 * bottom)
     if log and low > 0:
-        # From a whole power of ten, or at least one tick would be missing.
-        return Axis(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9), log=True)
+        return decades(low, high)
     if zero:
         low = min(low, 0.0)
     if high <= low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     room = (high - low) * 0.04
     return Axis(low if zero and low == 0 else low - room, high + room)
+
+
+def decades(low: float, high: float) -> Axis:
+    """A logarithmic axis from a whole power of ten to another, or at least one tick would be missing."""
+    return Axis(10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high) + 1e-9), log=True)
+
+
+def beyond(lines: Sequence[Line]) -> list[Line]:
+    """Those of three or more lines that would flatten all others: usually 30 times as large as most.
+
+    At most a half of them, so that what is usual stays the measure.
+    """
+    if len(lines) < 3:
+        return []
+    sizes = [float(np.quantile(np.abs(line.y[np.isfinite(line.y)]), 0.9)) for line in lines]
+    middle = float(np.median(sizes))
+    return [line for line, size in zip(lines, sizes, strict=True) if size > 30 * max(middle, 1e-300)]
 
 
 def path(x: Floats, y: Floats) -> str:
@@ -163,16 +175,23 @@ def spread(wanted: Sequence[float], apart: float) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number as an axis or a label shows it, to three digits: 12.8M, 0.45, 4.5e-4."""
+    """A number as an axis or a label shows it, to three digits: 12.8M, 0.45, 4.5e-4, 2.5e19."""
     if not math.isfinite(value):
         return UNKNOWN
     if value == 0:
         return "0"
     size = abs(value)
+    if size >= 0.9995e15:
+        return _power(f"{value:.2e}")
     for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= unit * 0.9995:
             return f"{value / (1e3 if name == 'k' else unit):.3g}{name}"
     if size < 1e-4:
-        digits, power = f"{value:.2e}".split("e")
-        return f"{float(digits):g}e{int(power)}"
+        return _power(f"{value:.2e}")
     return f"{value:.4g}"
+
+
+def _power(text: str) -> str:
+    """2.50e+19 -> 2.5e19."""
+    digits, power = text.split("e")
+    return f"{float(digits):g}e{int(power)}"

@@ -14,16 +14,21 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from pretrain.report import charts
+from pretrain.report import charts, table
 from pretrain.report.charts import SHARES, Chart, Shares
-from pretrain.report.curves import UNKNOWN, Axis, Line, area, path, short, spread
-from pretrain.report.reading import Floats, Picture, Run
+from pretrain.report.curves import Axis, Line, area, path, short, spread
+from pretrain.report.reading import Floats, Found, Picture, Run, told_apart
+from pretrain.report.table import span
 
 WIDE, HIGH = 1000, 300
 """Of a chart's own coordinates. The page stretches them; text isn't in them, so it keeps its size."""
 
 COLOURS = 8
-"""Colours there are for runs; the next runs have the same with dashed lines."""
+"""Colours there are for runs; the next runs have the same with lines of another kind."""
+
+_LABEL = 12  # letters of a name beside a chart
+_STROKES = 4  # kinds of lines: solid, dashed, dotted, both
+_MANY = 6  # runs from which on a row says where the time went, in place of a chart
 
 _APART = 0.085  # of a chart's height: a line of text
 _TABLE_ROWS = 12
@@ -45,91 +50,94 @@ CAPTIONS = {
 """What is to be seen, by a picture's name."""
 
 
-def render(runs: Sequence[Run]) -> str:
-    """The whole page about `runs` as HTML."""
+def render(found: Found) -> str:
+    """The whole page about some runs as HTML."""
+    runs = found.runs
     folder = files("pretrain.report")
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text()),
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["short"] = short
-    environment.filters["span"] = _span
-    shares = [found for n, run in enumerate(runs) if (found := charts.time_shares(n, run)) is not None]
+    shares = [each for n, run in enumerate(runs) if (each := charts.time_shares(n, run)) is not None]
     return environment.get_template("page.html").render(
-        runs=[_summary(number, run) for number, run in enumerate(runs)],
+        runs=[_run(number, run) for number, run in enumerate(runs)],
+        columns=table.columns(runs),
+        shared=table.shared(runs),
+        left_out=found.left_out,
         charts=[_drawn(chart, f"main{n}") for n, chart in enumerate(charts.main_charts(runs))],
         shares=[_drawn_shares(each, runs[each.run]) for each in shares],
         share_names=SHARES,
+        shares_as_table=len(runs) >= _MANY,
         evaluations=[_drawn(chart, f"eval{n}") for n, chart in enumerate(charts.evaluation_charts(runs))],
         own=[_drawn(chart, f"own{n}") for n, chart in enumerate(charts.own_charts(runs))],
         timeline=_timeline(runs),
         pictures=_pictures(runs),
-        differences=_differences(runs),
+        differences=table.differences(runs),
         style=Markup((folder / "page.css").read_text()),
         script=Markup((folder / "page.js").read_text()),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
 
 
-def _summary(number: int, run: Run) -> dict[str, Any]:
-    """The facts at the top of the page."""
-    columns, state = run.columns, run.state
-    speed = columns.get("samples_per_second", np.zeros(0))
-    loss = columns.get("loss", np.zeros(0))
-    trained = sum(attempt.ended - attempt.started for attempt in run.attempts)
-    done, total = state.get("step"), state.get("total_steps")
+def _run(number: int, run: Run) -> dict[str, Any]:
     return {
-        "colour": number % COLOURS,
-        "dashed": number >= COLOURS,
-        "name": run.name,
-        "facts": {
-            "Objective": run.settings.get("objective.name", UNKNOWN),
-            "Encoder": run.settings.get("encoder.name", UNKNOWN),
-            "Status": state.get("status", UNKNOWN),
-            "Steps": f"{UNKNOWN if done is None else done} of {UNKNOWN if total is None else total}",
-            "Samples": short(float(state["samples"])) if "samples" in state else UNKNOWN,
-            "Last loss": short(float(loss[-1])) if len(loss) else UNKNOWN,
-            "Samples a second": short(float(np.nanmedian(speed))) if np.isfinite(speed).any() else UNKNOWN,
-            "Trained for": _span(trained),
-            "Attempts": str(len(run.attempts)),
-            "Commit": str(state.get("commit") or UNKNOWN)[:12],
-        },
-        "settings": {path: _value(value) for path, value in run.settings.items()},
-    }
+        "number": number, "style": _style(number), "name": run.name, "full": run.full, "status": run.status,
+        "failed": run.failed, "note": run.note,
+        "settings": {path: table.text_of(value) for path, value in run.settings.items()},
+    }  # fmt: skip
+
+
+def _style(number: int) -> str:
+    """Classes of a run's colour and, beyond as many as there are colours, of the kind of its line."""
+    return f"c{number % COLOURS} d{number // COLOURS % _STROKES}"
 
 
 def _drawn(chart: Chart, identity: str) -> dict[str, Any]:
     """Everything of a chart as numbers and paths; places as percentages of its width and height."""
     x, y = chart.x, chart.y
-    ends = [float(y.place(np.array([line.last]))[0]) for line in chart.lines]
+    ends = [min(1.0, max(0.0, float(y.place(np.array([line.last]))[0]))) for line in chart.lines]
     labels = spread([1 - end for end in ends], _APART)
+    brief = told_apart([line.name for line in chart.lines])
     lines = [
-        _drawn_line(line, x, y, chart.marked) | {"at": 100 * top}
-        for line, top in zip(chart.lines, labels, strict=True)
+        _drawn_line(line, x, y, chart.marked) | {"at": 100 * top, "brief": _middle_out(name)}
+        for line, top, name in zip(chart.lines, labels, brief, strict=True)
     ]
     return {
         "id": identity,
         "title": chart.title,
         "meaning": ", ".join(filter(None, [chart.meaning, "logarithmic" if y.log else ""])),
         "lines": lines,
+        "crowded": len(chart.lines) > COLOURS,
+        "notes": _notes(chart),
+        "smooth": not chart.marked,
         "x_ticks": _ticks(x),
         "y_ticks": _ticks(y),
         "said": f"{chart.title} over samples. " + " ".join(_said(line) for line in chart.lines),
         "table": [(line.name, _table(line)) for line in chart.lines],
         "data": {
             "x": [x.low, x.high], "y": [y.low, y.high], "log": y.log,
-            "lines": [{"name": line.name, "x": _plain(line.x), "y": _plain(line.y)} for line in chart.lines],
+            "lines": [
+                {"name": line.name, "run": line.colour, "x": _plain(line.x), "y": _plain(line.y)}
+                for line in chart.lines
+            ],
         },
     }  # fmt: skip
+
+
+def _middle_out(name: str) -> str:
+    """A name that fits beside a chart: its beginning and its end, which is what mostly tells it apart."""
+    return name if len(name) <= _LABEL else f"{name[:2]}\u2026{name[3 - _LABEL :]}"
 
 
 def _drawn_line(line: Line, x: Axis, y: Axis, marked: bool) -> dict[str, Any]:
     across = x.place(line.x) * WIDE
     known: Any = np.flatnonzero(np.isfinite(line.y)) if marked else []
-    mean, low, high = ((1 - y.place(values)) * HIGH for values in (line.y, line.low, line.high))
+    # What leaves the scale runs along its edge.
+    mean, low, high = ((1 - y.place(v).clip(0, 1)) * HIGH for v in (line.y, line.low, line.high))
     bundled = bool(np.nanmax(line.high - line.low) > 0)
     return {
-        "name": line.name, "colour": line.colour % COLOURS, "dashed": line.colour >= COLOURS,
+        "name": line.name, "run": line.colour, "style": _style(line.colour),
         "path": path(across, mean), "band": area(across, low, high) if bundled else "",
         "dots": [(100 * across[place] / WIDE, 100 * mean[place] / HIGH) for place in known[-_DOTS:]],
         "last": short(line.last), "lost": line.lost,
@@ -142,6 +150,19 @@ def _ticks(axis: Axis) -> list[tuple[float, str]]:
         (100 * float(place), short(value))
         for place, value in zip(axis.place(np.array(values)), values, strict=True)
     ]
+
+
+def _notes(chart: Chart) -> list[str]:
+    """What the lines don't show: runs without a finite value, values that are lost, lines off the scale."""
+    found = [
+        f"{line.name} leaves the scale: up to {short(float(np.nanmax(line.high)))}" for line in chart.beyond
+    ]
+    lost = [f"{line.name} ({line.lost})" for line in chart.lines if line.lost]
+    if lost:
+        found.append(f"values that aren't finite: {', '.join(lost)}")
+    if chart.absent:
+        found.append(f"no finite value: {', '.join(chart.absent)}")
+    return found
 
 
 def _said(line: Line) -> str:
@@ -172,7 +193,9 @@ def _drawn_shares(shares: Shares, run: Run) -> dict[str, Any]:
     parts = [f"{share:.1%} {name}" for name, share in zip(SHARES, shares.total, strict=True)]
     return {
         "name": run.name,
-        "colour": shares.run % COLOURS,
+        "run": shares.run,
+        "style": _style(shares.run),
+        "parts": [float(share) for share in shares.total],
         "areas": [area(steps, lower, upper) for lower, upper in pairwise(edges)],
         "totals": [f"{share:.1%}" for share in shares.total],
         "x_ticks": _ticks(shares.x),
@@ -194,13 +217,13 @@ def _timeline(runs: Sequence[Run]) -> dict[str, Any] | None:
                 "left": 100 * (a.started - first) / length, "width": 100 * (a.ended - a.started) / length,
                 "number": a.number, "reason": a.reason, "told": a.told,
                 "began": datetime.fromtimestamp(a.started, UTC).strftime("%Y-%m-%d %H:%M:%S"),
-                "lasted": _span(a.ended - a.started),
+                "lasted": span(a.ended - a.started),
                 "calm": a.reason in ("done", "running"),
             }
             for a in run.attempts
         ]  # fmt: skip
-        pauses = [_span(later.started - a.ended) for a, later in pairwise(run.attempts)]
-        rows.append({"name": run.name, "colour": number % COLOURS, "bars": bars, "pauses": [*pauses, ""]})
+        pauses = [span(later.started - a.ended) for a, later in pairwise(run.attempts)]
+        rows.append({"name": run.name, "run": number, "bars": bars, "pauses": [*pauses, ""]})
     unit, name = next(
         (unit, name)
         for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
@@ -220,6 +243,7 @@ class _Shown:
     across: int  # CSS pixels at most, so that a tall sheet isn't higher than a screen
     least: int  # CSS pixels at least: words stay legible on a phone, where the sheet is scrolled
     alt: str
+    captions: Sequence[str]  # that belong to it, in the letters they were written in
 
 
 def _pictures(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -230,7 +254,8 @@ def _pictures(runs: Sequence[Run]) -> list[dict[str, Any]]:
         shown = [
             {
                 "name": run.name,
-                "colour": number % COLOURS,
+                "run": number,
+                "style": _style(number),
                 "steps": [_shown(name, run, each) for each in chosen],
             }
             for number, run in enumerate(runs)
@@ -259,31 +284,5 @@ def _shown(name: str, run: Run, picture: Picture) -> _Shown:
         across=round(_PICTURE_SIDE * min(1.0, max(0.35, picture.width / picture.height))),
         least=min(picture.width, _LEGIBLE) if name in _WITH_WORDS else 0,
         alt=f"{name} of {run.name}, {label}. {said}".strip(),
+        captions=run.captions.get((name, picture.step), ()) if picture.step is not None else (),
     )
-
-
-def _differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """Settings that aren't the same in all runs; where they lie is no difference."""
-    paths = dict.fromkeys(path for run in runs for path in run.settings)
-    sections = list(dict.fromkeys(path.partition(".")[0] for path in paths))
-    found = []
-    for path_ in sorted(paths, key=lambda path: sections.index(path.partition(".")[0])):
-        values = [_value(run.settings[path_]) if path_ in run.settings else UNKNOWN for run in runs]
-        if len(set(values)) > 1 and path_ != "run.dir":
-            found.append((path_, values))
-    return found
-
-
-def _value(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _span(seconds: float) -> str:
-    """A duration in the two largest units that say something."""
-    whole = round(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {whole % 60} s" if minutes else f"{whole} s"

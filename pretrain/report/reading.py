@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,13 @@ from pretrain.tracking.jsonl import each_row
 Floats = npt.NDArray[np.float64]
 # As the tracker of files and `keel evaluate kind=pictures` write them.
 _PICTURE = re.compile(r"(?:step-(\d+)-|pictures-)?([\w-]+)\.png")
+_HASH = re.compile(r"-[0-9a-f]{8}$")
+_BREAK = re.compile(r"[-_/, ]")
 _PNG = b"\x89PNG\r\n\x1a\n"
+
+
+UNKNOWN = "\u2013"
+"""What stands where nothing is known."""
 
 
 @dataclass(frozen=True)
@@ -52,45 +59,160 @@ class Run:
     """A run, read once."""
 
     root: Path
-    name: str  # as the page calls it; no other run on the page has it
+    name: str  # as the page calls it: what tells it from the other runs on the page
+    full: str  # the last parts of its path, as many as it takes
     state: Mapping[str, Any]  # run.json
     settings: Mapping[str, Any]  # config.yaml: dotted path -> value
     columns: Mapping[str, Floats]  # metrics.jsonl: name -> (N,); NaN where a row lacks it or had null
     evaluations: Sequence[Mapping[str, Any]]  # evaluations.jsonl
     pictures: Mapping[str, Sequence[Picture]]  # by name, oldest first
     attempts: Sequence[Attempt]
+    captions: Mapping[tuple[str, int], Sequence[str]]  # (picture, step) -> texts that belong to it
+    status: str = UNKNOWN  # as `keel runs` says; by run.json alone where nobody has asked
+    note: str = ""  # why
+
+    def last(self, column: str) -> float | None:
+        """The newest row's value, NaN where it wasn't finite; None without a row."""
+        found = self.columns.get(column)
+        return None if found is None or not len(found) else float(found[-1])
+
+    @property
+    def step(self) -> int | None:
+        """Steps done: what is further, the rows of metrics or the last heartbeat."""
+        return self._furthest("step")
+
+    @property
+    def samples(self) -> int | None:
+        return self._furthest("samples")
+
+    def _furthest(self, name: str) -> int | None:
+        known = [self.state.get(name), self.last(name)]
+        numbers = [int(value) for value in known if isinstance(value, int | float) and np.isfinite(value)]
+        return max(numbers, default=None)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended as nobody wanted."""
+        return self.status in ("failed", "lost")
 
 
-def read(roots: Sequence[Path]) -> list[Run]:
-    """Runs in the order given, each once. Raises `RunError` where a folder is no run or can't be read."""
-    places = list(dict.fromkeys(root.expanduser().resolve() for root in roots))
-    for given, place in zip(roots, map(Path.resolve, map(Path.expanduser, roots)), strict=True):
-        if not RunFolder(place).exists():
-            raise RunError(f"{given}: not a run folder (no config.yaml in it); name the folders of runs")
-    return [_read(RunFolder(root), name) for root, name in zip(places, _names(places), strict=True)]
+@dataclass(frozen=True)
+class Found:
+    """Runs, and what was named besides but can't be shown: (place, why)."""
+
+    runs: Sequence[Run]
+    left_out: Sequence[tuple[str, str]] = ()
 
 
-def _read(folder: RunFolder, name: str) -> Run:
+def read(roots: Sequence[Path], states: Mapping[Path, tuple[str, str]] | None = None) -> Found:
+    """Runs in the order given, each once; of another folder all runs below it.
+
+    `states`: (status, note) by absolute path, of who has asked for more than files. Raises `RunError` where a
+    path isn't there, or no run is found that can be read.
+    """
+    places, left_out = run_folders(roots)
+    runs: list[Run] = []
+    for place, name, full in zip(places, names(places), _full_names(places), strict=True):
+        try:
+            runs.append(_read(RunFolder(place), name, full, (states or {}).get(place)))
+        except RunError as error:
+            left_out.append((full, str(error)))
+        except (TypeError, ValueError, KeyError, AttributeError, AssertionError, OSError) as error:
+            what = " ".join(str(error).split()) or type(error).__name__
+            left_out.append((full, f"{place}: its files can't be read ({what}); restore them"))
+    if not runs:
+        raise RunError("; ".join(why for _, why in left_out))
+    return Found(runs, left_out)
+
+
+def run_folders(roots: Sequence[Path]) -> tuple[list[Path], list[tuple[str, str]]]:
+    """Folders of runs, absolute, and what of `roots` is none and holds none. Raises `RunError`."""
+    places: dict[Path, None] = {}
+    left_out = []
+    for root in roots:
+        place = root.expanduser().absolute()
+        if not os.path.exists(place):  # noqa: PTH110  # Path's raises for a name that is too long
+            raise RunError(f"{root}: not a run folder: there is nothing; name folders of runs")
+        below = list(_below(place.resolve()))
+        places |= dict.fromkeys(below)
+        if not below:
+            left_out.append((str(root), f"{root}: not a run folder (no config.yaml in it)"))
+    if not places:
+        raise RunError(
+            "; ".join(why for _, why in left_out) + "; name folders of runs, or one that holds some"
+        )
+    return list(places), left_out
+
+
+def _below(root: Path) -> Iterator[Path]:
+    if RunFolder(root).exists():
+        yield root
+    elif root.is_dir():
+        try:
+            inside = sorted(each for each in root.iterdir() if each.is_dir() and not each.is_symlink())
+        except OSError:
+            return
+        for each in inside:
+            if not each.name.startswith(".") and each.name != "submissions":
+                yield from _below(each)
+
+
+def _read(folder: RunFolder, name: str, full: str, told: tuple[str, str] | None) -> Run:
     state, columns = folder.read_state(), read_columns(folder.metrics_file)
+    status, note = told or (str(state.get("status", "new")), str(state.get("error") or ""))
     return Run(
         root=folder.root,
         name=name,
+        full=full,
+        status=status,
+        note=note,
         state=state,
         settings=_settings(folder.config_file),
         columns=columns,
-        evaluations=schedule.read(folder.root / "evaluations.jsonl"),
+        evaluations=(scores := schedule.read(folder.root / "evaluations.jsonl")),
+        captions=dict(_captions(scores)),
         pictures=_pictures(folder.pictures),
         attempts=list(_attempts(state, columns)),
     )
 
 
-def _names(places: Sequence[Path]) -> list[str]:
+def _full_names(places: Sequence[Path]) -> list[str]:
     """The last parts of each path, as many as it takes to tell them apart."""
     for parts in range(1, max(len(place.parts) for place in places) + 1):
-        names = ["/".join(place.parts[-parts:]) for place in places]
-        if len(set(names)) == len(names):
+        found = ["/".join(place.parts[-parts:]) for place in places]
+        if len(set(found)) == len(found):
             break
-    return names
+    return found
+
+
+def names(places: Sequence[Path]) -> list[str]:
+    """What tells runs apart: `_full_names` without the beginning that all have and a sweep's hash at the end.
+
+    A beginning goes in whole words: "mae-lr=0.1" and "mae-lr=0.2" are "lr=0.1" and "lr=0.2".
+    """
+    found = _full_names(places)
+    plain = [_HASH.sub("", name) for name in found]
+    return told_apart(plain if len(set(plain)) == len(plain) > 1 else found)
+
+
+def told_apart(found: Sequence[str]) -> list[str]:
+    """Different names without the words that all begin with."""
+    if len(found) < 2:
+        return list(found)
+    first, last = min(found), max(found)
+    alike = next((n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    cut = max((place.end() for place in _BREAK.finditer(first[:alike])), default=0)
+    short = [name[cut:] for name in found]
+    return short if all(short) else list(found)
+
+
+def _captions(scores: Sequence[Mapping[str, Any]]) -> Iterator[tuple[tuple[str, int], list[str]]]:
+    for row in scores:
+        details = row.get("details")
+        told = details.get("captions") if isinstance(details, dict) else None
+        for name, texts in (told if isinstance(told, dict) else {}).items():
+            if isinstance(texts, list):
+                yield (str(name), row["step"]), [str(text) for text in texts]
 
 
 def read_columns(path: Path) -> dict[str, Floats]:
@@ -124,8 +246,11 @@ def _pictures(folder: Path) -> dict[str, list[Picture]]:
     found: dict[str, list[Picture]] = {}
     for path in sorted(folder.glob("*.png")):
         named = _PICTURE.fullmatch(path.name)
-        with path.open("rb") as file:
-            head = file.read(24)
+        try:
+            with path.open("rb") as file:
+                head = file.read(24)
+        except OSError:
+            continue
         if named is None or len(head) < 24 or not head.startswith(_PNG):
             continue
         width, height = int.from_bytes(head[16:20]), int.from_bytes(head[20:24])
@@ -137,7 +262,7 @@ def _pictures(folder: Path) -> dict[str, list[Picture]]:
 
 
 def _attempts(state: Mapping[str, Any], columns: Mapping[str, Floats]) -> Iterator[Attempt]:
-    entries = state.get("attempts", [])
+    entries = state.get("attempts") or []
     for place, told in enumerate(entries):
         number, started = int(told.get("attempt", place + 1)), seconds(told.get("started"))
         if started is None:

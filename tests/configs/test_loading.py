@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from configs.errors import ConfigError
 from configs.loading import Config, chosen_by, difference, dump, find, load, validate
+from pretrain.config import RunConfig
 from pretrain.types import Duration
 
 
@@ -151,3 +153,16 @@ def test_difference_names_the_paths() -> None:
     assert paths["inner.depth"] == (2, 7)
     assert paths["colour.name"] == ("red", "blue")
     assert "inner.width" not in paths
+
+
+def test_names_that_arent_text_are_refused_in_one_line(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"gr\xf6\xdfe")
+    with pytest.raises(ConfigError, match=r"^run\.dir: found .*, whose name isn't UTF-8"):
+        load("smoke/mae", RunConfig, [f"run.dir={odd}"])
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"run: {dir: gr\xf6\xdfe}")
+    with pytest.raises(ConfigError, match=r"latin\.yaml: .*utf-8"):
+        load(latin, RunConfig)
+    for nothing in ("", ".", "/"):
+        with pytest.raises(ConfigError, match="names no config file"):
+            load(nothing, RunConfig)

@@ -18,7 +18,7 @@ from data_pipeline.facts import facts_of, vocabulary_of
 from data_pipeline.load import Loader, build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import make_missing, make_tokenizer
-from data_pipeline.tokenize import TokenizerConfig, open_tokenizer
+from data_pipeline.tokenize import TokenizerConfig, open_tokenizer, train
 from data_pipeline.types import CenterCrop, ViewSpec
 from tests.data_pipeline.sets import sample, write_set
 
@@ -176,15 +176,80 @@ def test_a_demo_makes_its_tokenizer(tmp_path: Path) -> None:
         manifest=tmp_path / "d" / "train" / "manifest.json", demo=demo, workers=0,
         tokenizer=TokenizerConfig(path=tmp_path / "d" / "tokenizer.json", context=48, vocabulary=320),
     )  # fmt: skip
-    make_missing(settings)
+    make_missing(settings, tmp_path)
     made = (tmp_path / "d" / "tokenizer.json").read_bytes()
     with loader(settings) as batches:
         batch = next(batches)
     assert batch.tokens is not None and int(batch.tokens.max()) == 319
     assert (batch.tokens[:, -1] == 0).all() and len(np.unique(batch.tokens.numpy(), axis=0)) > 8
-    make_missing(settings)
+    make_missing(settings, tmp_path)
     assert (tmp_path / "d" / "tokenizer.json").read_bytes() == made
     assert Manifest.load(settings.manifest).classes[0] == "circle"
+
+
+TYPOS = {
+    "my-phtos/train/manifest.json": False,
+    "data/photos/train/manifest.json": False,
+    "run/../my-phtos/train/manifest.json": False,
+    "run-2/data/shapes/train/manifest.json": False,
+    "data/shapes/train/manifest.json": True,  # shared by the runs of a sweep
+    "run/data/shapes/train/manifest.json": True,
+}
+
+
+@pytest.mark.parametrize("place", TYPOS)
+def test_a_demo_isnt_made_at_a_mistyped_path(tmp_path: Path, place: str) -> None:
+    demo = DemoConfig(name="shapes", samples=4, val_samples=2)
+    settings = DataConfig(manifest=tmp_path / place, demo=demo)
+    if TYPOS[place]:
+        make_missing(settings, tmp_path / "run")
+        assert (tmp_path / place).is_file()
+        return
+    with pytest.raises(ConfigError, match=r"data.manifest: .*: no such file, and demo data are only made in"):
+        make_missing(settings, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["google/siglip", "tok.json", "run/../tok.json", "data/tok.json"])
+def test_a_demos_tokenizer_isnt_made_at_a_mistyped_path(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = DataConfig(
+        manifest=tmp_path / "run" / "data" / "train" / "manifest.json",
+        demo=DemoConfig(name="shapes", samples=4, val_samples=2),
+        tokenizer=TokenizerConfig(path=Path(place)),
+    )
+    with pytest.raises(ConfigError, match=r"data.tokenizer.path: .*: no such file, and a demo's tokenizer"):
+        make_missing(settings, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []  # said before the data are made
+
+
+def test_a_set_may_be_named_by_its_folder_beside_demo_settings(tmp_path: Path, manifest: Manifest) -> None:
+    settings = DataConfig(manifest=manifest.directory, demo=DemoConfig(name="shapes"))
+    make_missing(settings, tmp_path / "run")
+    assert facts_of(settings).samples == manifest.samples and list(tmp_path.iterdir()) == []
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption() -> None:
+    [txt, json_caption] = places(["txt", "json.caption"], ["txt", "json"])
+    assert texts(txt, b"\xef\xbb\xbfa dog") == ["a dog"]
+    assert texts(json_caption, b'\xef\xbb\xbf{"caption": "a dog"}') == ["a dog"]
+
+
+def test_a_tokenizers_folder_is_told_from_its_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder; there is no tokenizer\.json in it"):
+        open_tokenizer(TokenizerConfig(path=tmp_path))
+    (tmp_path / "tokenizer.json").write_bytes(train(["a dog", "a cat"], 300))
+    with pytest.raises(ConfigError, match=f"is a folder; name the file in it: {tmp_path}/tokenizer.json"):
+        open_tokenizer(TokenizerConfig(path=tmp_path))
+    run = tmp_path / "run"
+    (run / "hf").mkdir(parents=True)
+    demo, manifest = DemoConfig(name="shapes", samples=4, val_samples=2), run / "data/train/manifest.json"
+    settings = DataConfig(manifest=manifest, demo=demo, tokenizer=TokenizerConfig(path=run / "hf"))
+    make_missing(settings, run)
+    with pytest.raises(ConfigError, match="hf: is a folder"):
+        facts_of(settings)
 
 
 def test_only_some_of_a_large_set_may_be_read(manifest: Manifest, tmp_path: Path) -> None:

@@ -169,6 +169,27 @@ def test_places_that_cant_be_written(folder: Path, tmp_path: Path) -> None:
     assert inside(tmp_path) == ["blind", "file", "in", "loop", "shut"] and inside(tmp_path / "shut") == []
 
 
+def test_sources_that_cant_be_read(folder: Path, tmp_path: Path) -> None:
+    picture(tmp_path / "shut" / "0.png").parent.chmod(0)
+    picture(tmp_path / "listed" / "0.png").parent.chmod(0o444)
+    (tmp_path / "t.csv").write_text("path\n")
+    (tmp_path / "t.csv").chmod(0)
+    (tmp_path / "x.tar").write_bytes(b"")
+    cases = {
+        "shut": "can't be",
+        "listed": "can't be read: Permission denied",
+        "t.csv": "can't be read: Permission denied",
+        "x.tar": "keel data index",
+        "gone": "no such folder or table",
+    }
+    for name, named in cases.items():
+        (line,) = tried(tmp_path / name, [tmp_path / "out"])
+        assert line.startswith(str(tmp_path / name)) and named in line, line
+    assert not list(tmp_path.glob(".out*")) and not (tmp_path / "out").exists()
+    for name in ("shut", "listed"):
+        (tmp_path / name).chmod(0o755)
+
+
 def test_mended_pictures_are_packed_anew_and_the_others_kept(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,3 +80,22 @@ def test_a_disk_that_fills_up_in_a_worker_is_one_line(tmp_path: Path) -> None:
     assert "disk/out: can't be written: No space left on device" in lines[0]
     assert not (tmp_path / "disk" / "out").exists()
     assert pack(tmp_path / "in", tmp_path / "disk" / "out", per_shard=1).samples == 6
+
+
+def test_plain_folders_and_tables_keep_their_hash(tmp_path: Path) -> None:
+    """What was packed before endings, links and captions of more kinds were read is found again."""
+    names = []
+    for number in range(7):
+        ending = ("jpg", "png", "JPEG", "ppm")[number % 4]
+        name = Path(("cat", "dog b", "é")[number % 3], ("x", "")[number % 2], f"{number}.{ending}")
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"P6 2 2 255\n" + bytes(range(number, number + 12)))
+        names.append(name)
+    rows = [f"in/{name},{number + 1},caption {number}" for number, name in enumerate(sorted(names))]
+    (tmp_path / "t.csv").write_text("\n".join(["path,label,caption", *rows]))
+    mixed = pack(tmp_path / "in", tmp_path / "a", per_shard=3)
+    ordered = pack(tmp_path / "in", tmp_path / "b", per_shard=3, shuffle_seed=None)
+    table = pack(tmp_path / "t.csv", tmp_path / "c", per_shard=3)
+    assert mixed.hash == "5e42650edf7134aac9817f12834f6567e14d21fec73f4139ec67a5bb3d9fe63c"
+    assert ordered.hash == "d38a0d4af008a00ec577c66824bea221dbc360f0a74418c3b619342360c7271d"
+    assert table.hash == "fcad98803575b40fec82c07cc41fa4902099cfa73d731c39c66830027f91fd99"

@@ -239,6 +239,18 @@ def test_tables_that_cant_be_read(folder: Path, content: str | bytes, ending: st
     assert not list(folder.parent.glob(".out*"))
 
 
+def test_a_parquet_that_breaks_off_inside_is_one_line(folder: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"path": [f"{n}.png" for n in range(500)]})
+    parquet.write_table(table, folder / "t.parquet", compression="none", use_dictionary=False)
+    data = bytearray((folder / "t.parquet").read_bytes())
+    data[4:400] = bytes(396)  # the footer stays whole
+    with pytest.raises(DataError, match=r"t\.parquet: can't be read") as raised:
+        packed(folder, bytes(data), "parquet")
+    assert len(str(raised.value).splitlines()) == 1
+
+
 def test_paths_are_bytes(folder: Path) -> None:
     (folder / "0.png").rename(folder / "caf\udce9.png")
     (folder / "1.png").rename(folder / "日\u2028本.png")

@@ -138,7 +138,7 @@ def test_indexing_verifying_and_training_outlast_a_busy_server(
     busy = lambda _, n: "503" if n % 3 else None  # noqa: E731
     with faulty_server(local.directory, busy, lambda _, n: "503" if n == 1 else None) as server:
         patterns = [server.url + "/shard-{000000..000007}.tar"]
-        assert indexing.index(patterns, tmp_path / "list").hash == local.hash
+        assert indexing.index(patterns, tmp_path / "list", classes=local.classes).hash == local.hash
         remote = remote_copy(local, server.url, tmp_path / "remote")
         assert verify(remote).whole
         cache = CacheConfig(directory=tmp_path / "cache")

@@ -30,11 +30,12 @@ from pretrain.config import RunConfig
 from pretrain.engines import storage
 from pretrain.folder import RunFolder
 from pretrain.run import prepare
+from pretrain.types import BEYOND_STEPS
 from tests.faults.ranks import FAULTS, attempt
 from tests.forkserver import Died
 
 STEPS, BATCH, EVERY = 14, 32, 3
-PHASES = ("waiting for data", "forward and backward", "optimizer step", "after the step")
+PHASES = ("waiting for data", "forward and backward", "optimizer step", BEYOND_STEPS)
 Ranks = Callable[..., list[Any]]
 
 BETWEEN = (

@@ -19,6 +19,7 @@ import pytest
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
 from pretrain import export
+from tests.waiting import wait_for
 
 Said = tuple[int, str, str]
 
@@ -35,13 +36,6 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
         [sys.executable, "-m", "launch", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options,
     )  # fmt: skip
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
@@ -221,7 +215,7 @@ def test_ctrl_c_saves_and_leaves_cleanly(tmp_path: Path, digits: Path, nproc: in
     run = tmp_path / "run"
     command = ["train", "smoke/mae", "--nproc", nproc, f"run.dir={run}", f"data.manifest={digits}", *LONG]
     first = start(*command, start_new_session=True)
-    wait_for(lambda: len(rows(run)) >= 5 or first.poll() is not None)
+    wait_for("five rows of metrics", lambda: len(rows(run)) >= 5 or first.poll() is not None)
     os.killpg(first.pid, signal.SIGINT)
     said, _ = first.communicate(timeout=240)
     assert first.returncode == 3, said
@@ -239,12 +233,14 @@ def test_nothing_outlives_a_killed_launcher(tmp_path: Path, digits: Path) -> Non
         "train", "smoke/mae", "--nproc", 2, f"run.dir={run}", f"data.manifest={digits}", *LONG,
         env=os.environ | {"KEEL_TEST_RUN": str(run)},
     )  # fmt: skip
-    wait_for(lambda: len(rows(run)) >= 3 or launcher.poll() is not None)
+    wait_for("three rows of metrics", lambda: len(rows(run)) >= 3 or launcher.poll() is not None)
     marked = processes_with_environment(f"KEEL_TEST_RUN={run}")
     assert len(marked) >= 5, "a launcher, two ranks, two data workers"
     launcher.kill()
     launcher.communicate()
-    wait_for(lambda: not processes_with_environment(f"KEEL_TEST_RUN={run}"), seconds=60)
+    wait_for(
+        "the end of all that was started", lambda: not processes_with_environment(f"KEEL_TEST_RUN={run}")
+    )
 
 
 def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, digits: Path) -> None:
@@ -254,7 +250,7 @@ def test_a_killed_rank_does_not_end_the_run(tmp_path: Path, digits: Path) -> Non
         "train", "smoke/mae", "--nproc", 2, f"run.dir={run}", f"data.manifest={digits}", "data.workers=0",
         "checkpoint.every=50 steps", "train.duration=400 steps",
     )  # fmt: skip
-    wait_for(lambda: any((run / "checkpoints").glob("step-*")) or launcher.poll() is not None)
+    wait_for("a checkpoint", lambda: any((run / "checkpoints").glob("step-*")) or launcher.poll() is not None)
     log = (run / "logs" / "rank-00001.log").read_text()
     told = re.search(r"rank 1 of 2, process (\d+) on", log)
     assert told is not None, log

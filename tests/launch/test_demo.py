@@ -103,3 +103,26 @@ def test_an_untrained_encoder_sees_with_the_statistics_of_real_images() -> None:
         torch.testing.assert_close(norm.running_var.sqrt(), pixels.std((0, 2, 3)), rtol=0.05, atol=0.05)
         assert not norm.training
         assert norm.momentum == 0.1
+
+
+@pytest.mark.parametrize("width", [20, 79, 200])
+def test_the_table_is_whole_whatever_it_is_printed_on(width: int) -> None:
+    """A narrow terminal, or a log, for which rich takes 80 columns."""
+    rows = [
+        Row("raw pixels", {1: 60.0, 5: 61.0, 10: 62.0}, 90.0),
+        Row("pretrained", {1: 70.0, 5: 71.0, 10: 72.0}, 95.0, 77.5),
+    ]
+    printed = io.StringIO()
+    demo.show_table([Findings("moco", "digits", rows, {})], Console(file=printed, width=width))
+    for word in (
+        "images",
+        "features",
+        "1 label ",
+        "5 labels",
+        "10 labels",
+        "kNN",
+        "zero-shot",
+        "MoCo v2 pretrained",
+    ):
+        assert word in printed.getvalue(), printed.getvalue()
+    assert "…" not in printed.getvalue()

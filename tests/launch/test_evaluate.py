@@ -8,17 +8,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from configs.errors import ConfigError
-from launch.evaluate import chosen, own_evaluations, show, wanted
+from configs.errors import ConfigError, RunError
+from launch import evaluate as launch_evaluate
+from launch.evaluate import chosen, own_evaluations, save_pictures, show, wanted
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.export import export
 from pretrain.finetune import start_of
 from pretrain.types import Scores
+from tests.places import FullDisk
 from tests.pretrain.test_run import config_for, run_on
 
 Said = tuple[int, str, str]
@@ -64,6 +67,41 @@ def test_options_are_settings_too(tmp_path: Path) -> None:
     assert wanted("x", ["kind=knn"], (), folder) == [KNNConfig(data=folder)]
     both = [KNNConfig(data=tmp_path), FewShotConfig(data=tmp_path)]
     assert wanted("x", [], ["knn", "few_shot"], tmp_path) == both
+
+
+def test_device_and_workers_reach_every_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[tuple[str, Any]] = []
+
+    def judge(source: str, evaluations: Any, **options: Any) -> list[Scores]:
+        told.append((source, (str(options["device"]), options["workers"])))
+        return []
+
+    monkeypatch.setattr(launch_evaluate, "judge", judge)
+    launch_evaluate.evaluate(["a", "b"], [], device="cpu", workers=3)
+    assert told == [("a", ("cpu", 3)), ("b", ("cpu", 3))]
+    launch_evaluate.evaluate(["a"], [])
+    assert 1 <= told[-1][1][1] <= launch_evaluate.MOST_WORKERS
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="--device: found cuda, but there is no GPU here; use auto or cpu"):
+        launch_evaluate.evaluate(["a"], [], device="cuda")
+
+
+def test_pictures_that_can_not_be_written_are_a_line_and_leave_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn = [Scores("pictures", {}, {}, {"größe": torch.rand(3, 8, 8), "other": torch.rand(3, 8, 8)})]
+    with FullDisk(tmp_path) as disk:
+        assert save_pictures("resnet18", drawn) == [
+            Path("pictures") / f"pictures-{n}.png" for n in ("größe", "other")
+        ]
+    shutil.rmtree("pictures")
+    for at in range(disk.calls):
+        with FullDisk(tmp_path, at), pytest.raises(RunError, match=r"\.png: can't be written: No space left"):
+            save_pictures("resnet18", drawn)
+        left = [each.name for each in Path("pictures").glob("*")]
+        assert set(left) <= {"pictures-größe.png"}, disk.log[at]
+        shutil.rmtree("pictures", ignore_errors=True)
 
 
 def test_without_a_run_an_evaluation_must_be_named() -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,68 @@ def test_a_second_ctrl_c_kills() -> None:
         "    os.kill(os.getpid(), signal.SIGINT); os.kill(os.getpid(), signal.SIGINT)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGINT
+
+
+LATE = """
+import atexit, os, signal, sys
+from launch import job
+from pretrain import run
+run.train = lambda folder, stop, console, **outside: "terminated"
+sys.argv = ["job", sys.argv[1]]
+done = job.job
+
+def told(number, *given, **more):
+    outcome = done(*given, **more)
+    os.kill(os.getpid(), number)
+    return outcome
+
+for number in job.MEANING:
+    signal.signal(number, signal.SIG_DFL)
+for number in job.MEANING:
+    for late in ("as soon as training is over", "while Python shuts down"):
+        if child := os.fork():
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            print(signal.Signals(number).name, late, code, flush=True)
+            continue
+        if late.startswith("as"):
+            job.job = lambda *given, **more: told(number, *given, **more)
+        else:
+            atexit.register(os.kill, os.getpid(), number)
+        job.main()
+"""
+
+
+def test_a_signal_that_comes_when_all_is_saved_changes_nothing(tmp_path: Path) -> None:
+    """As the second SIGTERM of a scheduler that repeats itself."""
+    command = [sys.executable, "-c", LATE, str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(said) == 2 * len(MEANING) and all(line.endswith(" 3") for line in said), said
+
+
+def test_a_run_that_something_follows_gives_the_signals_back(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with listening(StopRequest()):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        with suppress(ValueError), listening(StopRequest(), last=True):
+            raise ValueError  # a failure may be interrupted
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        with listening(StopRequest(), last=True):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        for number in MEANING:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_nccl_aborts_a_rank_that_has_lost_a_peer(
+    train: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", raising=False)
+    assert train(lambda stop: "done") == 0
+    assert os.environ.pop("TORCH_NCCL_ASYNC_ERROR_HANDLING") == "3"
 
 
 def test_exit_codes(train: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,9 @@ import pytest
 from configs.loading import dump, load
 from launch import local
 from launch.local import supervise
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, RunSection
 from pretrain.folder import RunFolder
+from tests.waiting import wait_for
 
 PREAMBLE = """
 import os, signal, sys, time
@@ -32,7 +33,7 @@ for number in MEANING:
 signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANING)
 (here / f"pid{rank}.part").write_text(str(os.getpid()))
 (here / f"pid{rank}.part").rename(here / f"pid{rank}")
-def sleep_until(condition, seconds=20):
+def sleep_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
@@ -70,20 +71,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
         )
         launcher = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         started.append(launcher)
-        wait_for(lambda: len(list(tmp_path.glob("pid?"))) == nproc)
+        wait_for(f"{nproc} ranks to stand", lambda: len(list(tmp_path.glob("pid?"))) == nproc)
         return launcher
 
     yield begin
     for launcher in started:
         launcher.kill()
         launcher.communicate()
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
 
 
 def pids(tmp_path: Path) -> list[int]:
@@ -114,6 +108,17 @@ def test_stopped_is_not_a_failure_and_nobody_is_hurried(tmp_path: Path) -> None:
     """
     assert run(tmp_path, body) == 3
     assert (tmp_path / "finished").exists()
+
+
+def test_a_signal_after_all_ranks_have_saved_changes_nothing(tmp_path: Path) -> None:
+    command = rank_script(tmp_path, "sys.exit(3)")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from launch.local import supervised\n"
+        f"code, _ = supervised({command!r}, 2, Path({str(tmp_path / 'logs')!r}), {{}}, True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.exit(code)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3
 
 
 def test_one_dead_rank_ends_the_others_and_its_log_is_shown(
@@ -184,12 +189,12 @@ def test_a_signal_before_a_rank_listens_is_kept_for_it(tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, start: Start) -> None:
-    launcher = start("time.sleep(60); sys.exit(0)")
+    launcher = start("sleep_until(lambda: asked, 60); (here / f'asked{rank}').touch(); time.sleep(60)")
     launcher.send_signal(signal.SIGINT)
-    time.sleep(0.2)
+    wait_for("both ranks to hear the first one", lambda: len(list(tmp_path.glob("asked?"))) == 2)
     assert launcher.poll() is None
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(30) == 130
+    assert launcher.wait(60) == 130
     assert not any(map(alive, pids(tmp_path)))
 
 
@@ -198,7 +203,7 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path: Path, start: Start) -> Non
     assert all(map(alive, pids(tmp_path)))
     launcher.kill()
     launcher.wait()
-    wait_for(lambda: not any(map(alive, pids(tmp_path))), seconds=30)
+    wait_for("the end of every rank", lambda: not any(map(alive, pids(tmp_path))))
 
 
 def test_what_a_rank_left_running_is_ended(tmp_path: Path) -> None:
@@ -209,7 +214,7 @@ def test_what_a_rank_left_running_is_ended(tmp_path: Path) -> None:
     (here / f"pid{rank + 5}").write_text(str(child))
     """
     assert run(tmp_path, body) == 0
-    wait_for(lambda: not any(map(alive, pids(tmp_path))), seconds=30)
+    wait_for("the end of every rank", lambda: not any(map(alive, pids(tmp_path))))
     assert len(pids(tmp_path)) == 4
 
 
@@ -243,7 +248,7 @@ def test_restarts_are_bounded(
     folder.config_file.write_text(dump(load("smoke/mae", RunConfig, settings)))
     begun: list[int] = []
 
-    def once(folder: RunFolder, nproc: int, threads: int) -> tuple[int, bool]:
+    def once(folder: RunFolder, nproc: int, run: RunSection, last: bool) -> tuple[int, bool]:
         begun.append(nproc)
         return (1, True) if len(begun) <= failures else (0, False)
 

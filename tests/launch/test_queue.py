@@ -43,12 +43,12 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 
 SQUEUE = """\
-1|COMPLETED|None|node[1-2]|0|0|
-3|FAILED|NonZeroExitCode|node1|0|1792|
-2_2|PENDING|JobArrayTaskLimit||1|0|
-2_3|PENDING|JobArrayTaskLimit||0|0|
-5|CANCELLED|None|node1|0|15|
-2_0|RUNNING|None|node1|2|0|
+1|COMPLETED|None|node[1-2]|0|0|keel-x|
+3|FAILED|NonZeroExitCode|node1|0|1792|keel-x|
+2_2|PENDING|JobArrayTaskLimit||1|0|keel-x|
+2_3|PENDING|JobArrayTaskLimit||0|0|keel-x|
+5|CANCELLED|None|node1|0|15|keel-x|
+2_0|RUNNING|None|node1|2|0|keel-x|
 """
 
 
@@ -56,19 +56,36 @@ def test_one_squeue_answers_for_all_members(site: Site) -> None:
     site.says("squeue", SQUEUE)
     found = queue.states(["1", "3", "2_0", "2_2", "5"])
     assert found == {
-        "1": JobState("COMPLETED", "", "node[1-2]", 0, 0),
-        "3": JobState("FAILED", "NonZeroExitCode", "node1", 0, 7),
-        "2_0": JobState("RUNNING", "", "node1", 2, None),
-        "2_2": JobState("PENDING", "JobArrayTaskLimit", "", 1, None),
-        "5": JobState("CANCELLED", "", "node1", 0, -15),
+        "1": JobState("COMPLETED", "", "node[1-2]", 0, 0, "keel-x"),
+        "3": JobState("FAILED", "NonZeroExitCode", "node1", 0, 7, "keel-x"),
+        "2_0": JobState("RUNNING", "", "node1", 2, None, "keel-x"),
+        "2_2": JobState("PENDING", "JobArrayTaskLimit", "", 1, None, "keel-x"),
+        "5": JobState("CANCELLED", "", "node1", 0, -15, "keel-x"),
     }
     assert [call.split()[0] for call in site.called()] == ["squeue"]
     assert "--jobs=1,2,3,5" in site.called()[0]
     assert found["2_2"].waiting and found["2_0"].active and not found["3"].active
 
 
+def test_an_id_that_was_given_away_again_is_another_job(site: Site) -> None:
+    site.says("squeue", "7|RUNNING|None|node1|0|0|somebody|s else|\n")
+    job = queue.states(["7"])["7"]
+    assert job.name == "somebody|s else"
+    assert queue.known_as(job, "keel-run") == JobState(GONE)
+    assert queue.known_as(job, job.name) is job and queue.known_as(job, None) is job
+    assert queue.known_as(None, "keel-run") is None
+
+
+def test_the_cluster_says_its_name_and_how_long_arrays_may_be(site: Site) -> None:
+    config = "Configuration data\nClusterName             = mini\nMaxArraySize            = 1001\n"
+    site.says("scontrol", config + "SlurmctldHost[0]        = a\n")
+    assert queue.site() == queue.Site("mini", 1001)
+    site.says("scontrol", err="scontrol: no", code=1)
+    assert queue.site() == queue.Site(None, None)
+
+
 def test_pending_ranges_are_written_out(site: Site) -> None:
-    site.says("squeue", "7_[2-5,8%2]|PENDING|Resources||0|0|\n7_1|RUNNING|None|n1|0|0|\n")
+    site.says("squeue", "7_[2-5,8%2]|PENDING|Resources||0|0|x|\n7_1|RUNNING|None|n1|0|0|x|\n")
     found = queue.states([f"7_{number}" for number in range(1, 9)])
     assert {job for job, state in found.items() if state.waiting} == {"7_2", "7_3", "7_4", "7_5", "7_8"}
     assert found["7_1"].state == "RUNNING"
@@ -80,17 +97,17 @@ def test_pending_ranges_are_written_out(site: Site) -> None:
 
 
 def test_sacct_is_asked_once_for_what_squeue_has_forgotten(site: Site) -> None:
-    site.says("squeue", "2_0|RUNNING|None|node1|0|0|\n")
+    site.says("squeue", "2_0|RUNNING|None|node1|0|0|x|\n")
     rows = (
-        "8|CANCELLED by 1000|None|node2|0:15",
-        "9|NODE_FAIL|None|node1|1:0",
-        "2_[1-3]|PENDING|None|None assigned|0:0",
+        "8|CANCELLED by 1000|None|node2|0:15|a|b",
+        "9|NODE_FAIL|None|node1|1:0|x",
+        "2_[1-3]|PENDING|None|None assigned|0:0|x",
     )
     site.says("sacct", "\n".join(rows) + "\n")
     found = queue.states(["2_0", "2_1", "8", "9", "10"])
-    assert found["8"] == JobState("CANCELLED", "by 1000", "node2", 0, -15)
-    assert found["9"] == JobState("NODE_FAIL", "", "node1", 0, 1)
-    assert found["2_1"] == JobState("PENDING")
+    assert found["8"] == JobState("CANCELLED", "by 1000", "node2", 0, -15, "a|b")
+    assert found["9"] == JobState("NODE_FAIL", "", "node1", 0, 1, "x")
+    assert found["2_1"] == JobState("PENDING", name="x")
     assert found["10"] == JobState(GONE)
     assert [call.split()[0] for call in site.called()] == ["squeue", "sacct"]
 
@@ -101,16 +118,19 @@ def test_an_unknown_id_alone_is_an_answer(site: Site) -> None:
 
 
 def test_without_accounting_a_forgotten_job_is_gone_and_a_known_one_known(site: Site) -> None:
-    site.says("squeue", "2_0|RUNNING|None|node1|0|0|\n")
+    site.says("squeue", "2_0|RUNNING|None|node1|0|0|x|\n")
     site.says("sacct", err="Slurm accounting storage is disabled", code=1)
-    assert queue.states(["2_0", "3"]) == {"2_0": JobState("RUNNING", "", "node1"), "3": JobState(GONE)}
+    assert queue.states(["2_0", "3"]) == {
+        "2_0": JobState("RUNNING", "", "node1", name="x"),
+        "3": JobState(GONE),
+    }
 
 
 def test_a_dead_controller_leaves_what_accounting_knows(site: Site) -> None:
     site.says("squeue", err="slurm_load_jobs error: Unable to contact slurm controller", code=1)
-    site.says("sacct", "3|COMPLETED|None|node1|0:0\n4|NODE_FAIL|None|node1|1:0\n")
+    site.says("sacct", "3|COMPLETED|None|node1|0:0|x\n4|NODE_FAIL|None|node1|1:0|x\n")
     # What SLURM runs again is NODE_FAIL in the accounting for a while, so that word isn't taken.
-    assert queue.states(["2_0", "3", "4"]) == {"3": JobState("COMPLETED", "", "node1", 0, 0)}
+    assert queue.states(["2_0", "3", "4"]) == {"3": JobState("COMPLETED", "", "node1", 0, 0, "x")}
 
 
 def test_without_slurm_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +197,7 @@ def test_time_left(site: Site, said: str, seconds: float | None) -> None:
 
 def test_the_users_own_formats_are_left_out(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SQUEUE_FORMAT", "%i")
-    site.command("squeue", '[ -z "$SQUEUE_FORMAT" ] && echo "4|RUNNING|None|n1|0|0|"')
+    site.command("squeue", '[ -z "$SQUEUE_FORMAT" ] && echo "4|RUNNING|None|n1|0|0|x|"')
     assert queue.states(["4"])["4"].state == "RUNNING"
 
 

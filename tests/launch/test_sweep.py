@@ -142,9 +142,9 @@ def made_otherwise(tmp_path: Path, digits: Path, what: str) -> dict[str, Any]:
     overrides = {"data.manifest": str(digits), "train.duration": "4 steps"}
     if what == "overrides":
         return {"overrides": overrides | {"train.duration": "8 steps"}}
-    if what == "another sweep, with one member of the same name":
+    if what == "another sweep, one name the same":
         return {"overrides": overrides | {"objective.mask_ratio": 0.9}, "grid": {"run.seed": [0, 7]}}
-    if what == "another sweep, with none":
+    if what == "another sweep, no name the same":
         return {"overrides": overrides | {"train.duration": "8 steps"}, "grid": {"run.seed": [8, 9]}}
     if what == "a base config":
         own.write_text(own.read_text().replace("0.6", "0.7"))
@@ -164,8 +164,8 @@ def made_otherwise(tmp_path: Path, digits: Path, what: str) -> dict[str, Any]:
     ("what", "line"),
     [
         ("overrides", "train.duration: found '8 steps', but it was '4 steps' (in o-own-seed=0-"),
-        ("another sweep, with one member of the same name", "objective.mask_ratio: found 0.9, but it was 0.6"),
-        ("another sweep, with none", "train.duration: found '8 steps', but it was '4 steps' (in o-own-seed=0-"),
+        ("another sweep, one name the same", "objective.mask_ratio: found 0.9, but it was 0.6"),
+        ("another sweep, no name the same", "train.duration: found '8 steps', but it was '4 steps'"),
         ("a base config", "objective.mask_ratio: found 0.7, but it was 0.6 (in o-own-seed=0-"),
         ("the base of a config", "train.gradient_clip: found 0.25, but it was"),
         ("the data", "data: the manifest there was "),
@@ -203,6 +203,28 @@ def test_a_finished_member_whose_state_is_torn_isnt_submitted_again(file: Callab
     torn.write_text(torn.read_text()[:20])
     with pytest.raises(RunError, match=r"seed=0-\w+: run\.json: is torn, or no JSON\nrestore them"):
         plan(load_sweep(path))
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs/sweeps").glob("*.yaml")))
+def test_shipped_sweeps_compare_what_can_be_compared(name: str, tmp_path: Path) -> None:
+    sweep = load_sweep(f"sweeps/{name}", [f"dir={tmp_path}"])
+    assert sweeps.remarks(sweep, plan(sweep)) == []
+
+
+def test_a_loss_over_other_things_is_remarked(
+    file: Callable[..., str], keel: Callable[..., tuple[int, str, str]]
+) -> None:
+    rule = {"rule": "median", "metric": "loss"}
+    path = file(grid={"objective.mask_ratio": [0.5, 0.75]}, early_stop=rule)
+    code, _, err = keel("sweep", path, "--dry-run")
+    assert code == 0 and "note: early_stop.metric: objective.mask_ratio differs among the members" in err
+
+
+def test_so_many_of_those_that_are_due_and_the_rest_another_time(
+    file: Callable[..., str], keel: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, _ = keel("sweep", file(), "--dry-run", "--at-most", 2)
+    assert code == 0 and out.count("-> submit") == 2 and "6 runs, 2 to submit" in out
 
 
 def test_what_a_resumed_run_may_change_a_sweep_may_too(file: Callable[..., str], digits: Path) -> None:

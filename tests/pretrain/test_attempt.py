@@ -26,6 +26,7 @@ from pretrain.run import prepare, train
 from pretrain.types import LossOutput
 from tests.conftest import Ranks
 from tests.forkserver import Died
+from tests.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -319,22 +320,17 @@ def incarnation(root: str, place: str) -> str:
 
         def late(self: checkpoint.Checkpointer, *arguments: Any) -> None:
             (here / "about to").touch()
-            _wait_for(here / "over")
+            wait_for("the newer incarnation's end", (here / "over").exists)
             publish(self, *arguments)
 
         checkpoint.Checkpointer._publish = late  # type: ignore[method-assign]
         return train(RunFolder(Path(root)), StopRequest())
-    _wait_for(here / "about to")
+    wait_for("the older incarnation's save", (here / "about to").exists)
     (Path(root) / ".lock").unlink()  # as on a file system whose locks don't reach the other node
     try:
         return train(RunFolder(Path(root)), StopRequest())
     finally:
         (here / "over").touch()
-
-
-def _wait_for(file: Path) -> None:
-    while not file.exists():
-        time.sleep(0.01)
 
 
 def test_of_two_incarnations_alive_the_newer_one_keeps_the_run(

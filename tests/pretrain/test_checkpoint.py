@@ -236,7 +236,7 @@ def test_a_kill_at_any_instant_leaves_a_valid_checkpoint(ranks: Ranks, tmp_path:
 
 
 def test_a_kill_of_another_rank_leaves_a_valid_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
-    answers = ranks(2, killed_at, point="in a file", run=tmp_path, victim=1, may_die=True, timeout=20)
+    answers = ranks(2, killed_at, point="in a file", run=tmp_path, victim=1, may_die=True)
     assert answers[1] == Died(signal.SIGKILL)
     found = latest(tmp_path)
     assert found is not None and found.name == "step-00000002-a01"

@@ -93,13 +93,12 @@ def images() -> Tensor:
 
 def train_and_tell(root: str) -> dict[str, Tensor]:
     """Train on this rank; gives what the encoders, while still in training's hands, compute for `images`."""
-    pooling = load(Path(root) / "config.yaml", RunConfig).encoder.pooling
 
     def look(objective: nn.Module) -> dict[str, Tensor]:
         objective.eval()
         with torch.no_grad():
             return {
-                name: encoders.features(part, images(), pooling).clone()
+                name: encoders.features(part, images()).clone()
                 for name, part in objective.named_children()
                 if name in ("encoder", "teacher_encoder")
             }

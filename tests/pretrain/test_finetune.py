@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
-from configs.errors import DataError, RunError
+from configs.errors import ConfigError, DataError, RunError
 from data_pipeline import demo
 from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
-from pretrain import encoders
+from data_pipeline.types import CenterCrop, ViewSpec
+from pretrain import encoders, export
 from pretrain.augmentation import Augmentation
 from pretrain.encoders import EncoderConfig
 from pretrain.encoders.finetuning import classifier, layerwise_groups, mixing
@@ -144,3 +146,66 @@ def test_a_recipe_may_pool_otherwise_than_the_source() -> None:
     model: Any = classifier(begin.encoder, begin.image_size, 3, begin.weights)
     assert begin.encoder.pooling == model.global_pool == "avg"
     assert isinstance(model.fc_norm, torch.nn.LayerNorm)
+
+
+SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 8}
+HEADLESS = {**SMALL, "class_token": False, "global_pool": "avg"}
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "pooling"),
+    [
+        ("vit_tiny_patch16_224", HEADLESS, "token"),  # as moco_v3 trains a ViT without class token
+        ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 32, "num_heads": 2}, "token"),
+        ("deit_tiny_distilled_patch16_224", {"depth": 1}, "token"),
+        ("resnetv2_18", {}, "token"),
+        ("densenet121", {"block_config": (1, 1), "growth_rate": 8}, "token"),
+        ("mobilenetv3_small_050", {}, "token"),
+        ("eva02_tiny_patch14_224", {"depth": 1}, "token"),
+    ],
+)
+def test_every_encoder_becomes_a_classifier_from_itself_and_from_its_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, args: dict[str, Any], pooling: str
+) -> None:
+    size = (28, 28) if "14_" in name else SIZE
+    config = EncoderConfig(name=name, args=args, pooling=pooling)
+    torch.manual_seed(0)
+    encoder = encoders.build(config, size).eval()
+    view = ViewSpec(size=size, crop=CenterCrop(0.9), flip=0.0)
+    monkeypatch.setattr(export, "verify", lambda *given: 0.0)
+    export.write(export.Backbone(encoder, config, view), tmp_path / "export")
+    images = torch.randn(2, 3, *size)
+    for begin in (Start(config, size, encoder.state_dict()), start_of(str(tmp_path / "export"))):
+        model = classifier(begin.encoder, size, 7, begin.weights).eval()
+        assert model(images).shape == (2, 7)
+        hidden = model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
+        if not isinstance(hidden, tuple):
+            torch.testing.assert_close(hidden.flatten(1), encoder(images))
+
+
+def test_where_there_is_no_drop_path_it_is_said() -> None:
+    config = EncoderConfig(name="densenet121", args={"block_config": (1, 1), "growth_rate": 8})
+    begin = Start(config, SIZE, encoders.build(config, SIZE).state_dict())
+    with pytest.raises(
+        ConfigError, match=r"^drop_path: found 0\.1, and densenet121 has none; set drop_path=0$"
+    ):
+        classifier(config, SIZE, 7, begin.weights, drop_path=0.1)
+
+
+@pytest.mark.parametrize("size", [48, (32, 64)])
+def test_at_another_size_positions_are_resampled(tmp_path: Path, size: Any) -> None:
+    torch.manual_seed(0)
+    encoder = encoders.build(VIT, SIZE)
+    timm.models.save_for_hf(
+        encoder, tmp_path / "folder", safe_serialization=True,
+        model_args={**VIT.args, "img_size": SIZE, "global_pool": "avg", "fc_norm": False},
+    )  # fmt: skip
+    begin = start_of(str(tmp_path / "folder"), image_size=size)
+    shape = size if isinstance(size, tuple) else (size, size)
+    assert begin.image_size == begin.view(Augmentation()).size == shape
+    assert begin.weights["pos_embed"].shape[1] == 1 + shape[0] // 8 * (shape[1] // 8)
+    assert torch.equal(begin.weights["pos_embed"][:, 0], encoder.state_dict()["pos_embed"][:, 0])
+    model = classifier(begin.encoder, begin.image_size, 3, begin.weights)
+    assert model(torch.randn(1, 3, *shape)).shape == (1, 3)
+    with pytest.raises(ConfigError, match=r"^image_size: 36 x 36 pixels aren't whole patches"):
+        start_of(str(tmp_path / "folder"), image_size=36)

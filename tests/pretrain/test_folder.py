@@ -14,6 +14,7 @@ import pytest
 from configs.errors import RunError
 from pretrain.folder import Heartbeat, RunFolder, write_atomically
 from pretrain.types import Progress
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -65,8 +66,7 @@ def test_one_writer_at_a_time_and_a_killed_one_lets_go(folder: RunFolder, tmp_pa
     ready = tmp_path / "ready"
     holder = multiprocessing.get_context("fork").Process(target=hold, args=(folder.root, str(ready)))
     holder.start()
-    while not ready.exists():
-        time.sleep(0.01)
+    wait_for("the holder of the lease", ready.exists)
     with pytest.raises(RunError, match=f"being trained by process {holder.pid}"), folder.lease(patience=0.2):
         pass
     assert holder.pid is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,19 @@ def test_other_weights_are_another_run(tmp_path: Path, digits: Path) -> None:
     with pytest.raises(RunError, match=r"^encoder.weights: found None"):
         prepare(config_for(root, digits), world_size=1)
     assert RunFolder(root).starting_weights.exists()
+
+
+def test_a_jump_of_the_rate_is_said_where_a_fork_makes_it(
+    tmp_path: Path, digits: Path, ranks: Ranks, caplog: pytest.LogCaptureFixture
+) -> None:
+    parent = config_for(tmp_path / "parent", digits, "train.stop_after=20 steps", "data.workers=0")
+    run_on(ranks, 1, parent)
+    caplog.set_level(logging.WARNING)
+    same = config_for(tmp_path / "same", digits, "data.workers=0", "run.seed=3")
+    prepare(same, world_size=1, fork=Fork(tmp_path / "parent"))
+    assert "jumps at the branch" not in caplog.text
+    longer = config_for(tmp_path / "longer", digits, "data.workers=0", "train.duration=100 steps")
+    told = prepare(longer, world_size=1, fork=Fork(tmp_path / "parent")).read_state()["parent"]
+    assert told["fork_rate"] > 5 * told["rate"] > 0
+    assert "the learning rate jumps at the branch from" in caplog.text
+    assert "that of 100 steps at step 20, the parent's was that of 24 steps at step 20" in caplog.text

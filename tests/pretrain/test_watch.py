@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.health import HealthConfig
-from pretrain.watch import BEYOND_STEPS, WARM_UP, Watchdog, dump
+from pretrain.types import BEYOND_STEPS
+from pretrain.watch import WARM_UP, Watchdog, dump
 
 
 class Clock:

@@ -59,6 +59,7 @@ ReturnToService=2
 SlurmdTimeout=20
 KillWait=5
 MinJobAge=300
+MaxArraySize=5
 InactiveLimit=0
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2

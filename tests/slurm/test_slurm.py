@@ -122,8 +122,8 @@ def test_two_nodes_with_two_tasks_train_as_one_process_does(
     captioned = (
         "data.demo.samples=128",
         "data.demo.val_samples=32",
-        f"data.manifest={tmp_path}/shapes/train/manifest.json",
-        f"data.tokenizer.path={tmp_path}/words.json",
+        f"data.manifest={tmp_path}/data/shapes/train/manifest.json",
+        f"data.tokenizer.path={tmp_path}/data/shapes/words.json",
     )
     asked = {"mae": SHORT, "moco": SHORT, "clip": (*SHORT, *captioned)}
     roots = {
@@ -214,6 +214,19 @@ def standing_still(root: Path) -> Iterator[list[int]]:
                 os.kill(pid, signal.SIGCONT)
 
 
+def ranks_of(root: Path) -> dict[int, int]:
+    """Rank to process id of a run at work."""
+    asked = ["pgrep", "-f", f"submitit.*{root}"]
+    listed = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    found = {}
+    for pid in map(int, listed):
+        if not Path(f"/proc/{pid}/comm").read_text().startswith("python"):
+            continue
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found |= {int(text[13:]): pid for text in variables if text.startswith(b"SLURM_PROCID=")}
+    return found
+
+
 def signalled(pid: int) -> bool:
     """Whether SIGUSR2 waits for a stopped process, or SLURM has woken it and it is gone."""
     try:
@@ -231,6 +244,47 @@ def sent_to_wandb(root: Path) -> list[int]:
     steps = sorted(row["_step"] for path in files for row in rows_of(path))
     assert len(steps) == len(set(steps))
     return steps
+
+
+def test_a_rank_that_dies_without_a_word_comes_back_with_the_others(
+    slurm: Cluster, tmp_path: Path, digits: Path
+) -> None:
+    """As NCCL's watchdog aborts a rank that has lost its peer."""
+    where = cluster("nodes=2", "tasks_per_node=1")
+    root = prepared(config(tmp_path / "run", digits, *ENDLESS), where)
+    (job,) = submit.submit([root], where)
+    at_step(root, 15)
+    os.kill(ranks_of(root)[1], signal.SIGABRT)
+    again(root, 2)
+    assert attempts(root)[1]["from_step"] >= 10
+    at_step(root, attempts(root)[1]["from_step"] + 5)
+    (run,) = look([root])
+    assert (run.state, run.note) == ("running", "")
+    cancelled(root)
+    slurm.run("scancel", "--signal=TERM", job)
+    ended(slurm, job, root)
+    assert look([root])[0].state == "cancelled"
+
+
+def test_a_rank_that_fails_by_itself_ends_the_job_although_the_others_are_killed(
+    slurm: Cluster, tmp_path: Path, digits: Path
+) -> None:
+    """The exit code of a job is the highest of its ranks: that of one that was torn down."""
+    hook = tmp_path / "hook" / "sitecustomize.py"
+    hook.parent.mkdir()
+    hook.write_text(
+        "import os\n"
+        "if os.environ.get('SLURM_PROCID') == '1':\n"
+        "    from launch import task\n"
+        "    task.job = lambda *given, **more: 1 / 0\n"
+    )
+    where = cluster("nodes=2", "tasks_per_node=1", f"environment={{PYTHONPATH: '{hook.parent}'}}")
+    root = prepared(config(tmp_path / "run", digits, *ENDLESS), where)
+    (job,) = submit.submit([root], where)
+    until(lambda: slurm.state(job) == "FAILED", f"{job} fails", LONG)
+    assert slurm.run("squeue", "-h", "-t", "pending", "-j", job, check=False) == ""
+    assert "ZeroDivisionError" in told(root)
+    assert (root / "submitit" / f"{job}.failed").is_file()
 
 
 def test_a_more_important_job_gets_the_nodes_and_the_run_comes_back(
@@ -292,7 +346,7 @@ def test_of_two_starts_at_once_the_newer_wins(
     try:
         until(lambda: len(attempts(root)) == 2, "the second attempt", LONG)
         assert attempts(root)[1]["from_step"] > seen  # the first start did go on for a while
-        assert "a newer start of this job has taken over" in told(root)
+        assert "a newer start of this run has taken over" in told(root)
         at_step(root, attempts(root)[1]["from_step"] + 20)
         cancelled(root)
         slurm.run("scancel", "--signal=TERM", job)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import ImageFont
 from sklearn.decomposition import PCA
 from torch import Tensor
 
@@ -113,9 +114,24 @@ def test_what_fits_the_model_is_drawn_on_any_number_of_ranks(
         assert picture.dtype == torch.float32 and picture.shape[0] == 3 and min(picture.shape[1:]) >= 32
         assert 0 <= float(picture.min()) < float(picture.max()) <= 1
     if name == "clip":
+        assert alone.details["captions"]["similarities"] == sheets.captions(
+            shapes / "val/manifest.json", range(4)
+        )
         for found in ranks(2, on_ranks, data=str(shapes / "val"), name=name):
             for key, picture in found.items():
                 assert float((picture - alone.pictures[key]).abs().mean()) < 1e-3, key
+
+
+def test_no_letter_of_a_caption_is_an_empty_box_and_none_is_cut_in_silence() -> None:
+    """Pillow's own font knows ASCII: what it can't draw is told by its number, what doesn't fit by dots."""
+    font = ImageFont.load_default(12)
+    assert sheets.drawable("a red\n circle", font) == "a red circle"
+    assert sheets.drawable("红 on 🐈", font) == "<U+7EA2> on <U+1F408>"
+    assert sheets.drawable("", font) == ""
+    text = "a very long caption that goes on and on"
+    short = sheets.shortened(text, 120, font)
+    assert short.endswith("...") and font.getlength(short) <= 120 and text.startswith(short[:-3])
+    assert sheets.shortened(text, 1000, font) == text
 
 
 def test_an_image_is_not_its_own_neighbour(digits: Path, pixels: Subject) -> None:

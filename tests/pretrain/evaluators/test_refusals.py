@@ -33,9 +33,9 @@ def make(folder: Path, labels: Sequence[int], classes: Sequence[str] = NAMES, ca
     samples = []
     for number, label in enumerate(labels):
         buffer = io.BytesIO()
-        Image.new("RGB", (32, 32), (80 * label + number % 7, 120 - 40 * label, number % 50)).save(
-            buffer, "PNG"
-        )
+        Image.new(
+            "RGB", (32, 32), (80 * label % 256 + number % 7, (120 - 40 * label) % 256, number % 50)
+        ).save(buffer, "PNG")
         fields = {"png": buffer.getvalue(), "cls": str(label).encode()}
         samples.append((f"{number:04d}", fields | ({"txt": b"one"} if number < captions else {})))
     folder.mkdir(parents=True)
@@ -53,6 +53,23 @@ def refused_before_and_while(config: EvaluatorConfig, subject: Subject) -> str:
         config.build()(subject)
     assert str(before.value) == str(during.value) and len(str(before.value).splitlines()) == 1
     return str(before.value)
+
+
+def test_labels_that_are_identifiers_are_refused_in_a_line(tmp_path: Path, pixels: Subject) -> None:
+    data = make(tmp_path / "d", [12, 12, 30_000_000, 30_000_000], classes=())
+    for config in (KNNConfig(data=data), LinearConfig(data=data)):
+        said = refused_before_and_while(config, pixels)
+        assert "has labels up to 30000000, more than it has images" in said and "--labels-as-names" in said
+    few = make(tmp_path / "few", [12, 12, 99_999, 99_999], classes=())
+    KNNConfig(data=few, k=2).require_data()
+
+
+def test_a_class_name_of_another_encoding_is_no_prompt(tmp_path: Path) -> None:
+    data = make(tmp_path / "d", [0, 1], classes=("bar", "caf\udce9"))
+    with pytest.raises(
+        ConfigError, match=r"label 1 is called 'caf\\udce9', which isn't UTF-8 text; give a file"
+    ):
+        ZeroShotConfig(data=data).names(Manifest.load(data))
 
 
 def test_too_few_labels_of_a_class_name_it(tmp_path: Path, pixels: Subject) -> None:

@@ -20,6 +20,7 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.types import CenterCrop, RandomResizedCrop, ViewSpec
 from pretrain import collectives
 from pretrain.augmentation import Augmentation
+from pretrain.evaluators import subject as subject_module
 from pretrain.evaluators.effective_rank import EffectiveRankConfig
 from pretrain.evaluators.features import Features, fixed_fifth, standardised
 from pretrain.evaluators.few_shot import FewShotConfig
@@ -85,6 +86,25 @@ def test_a_set_is_encoded_once_however_many_ask(digits: Path) -> None:
     assert subject.features(val) is subject.features(val)
     assert sum(seen) == sum(told) == len(subject.features(val))
     assert max(seen) == 100
+
+
+@pytest.mark.parametrize(("batch_size", "wanted"), [(50, 2), (256, 0)])
+def test_workers_decode_the_same_and_only_where_it_pays(
+    digits: Path, pixels: Subject, monkeypatch: pytest.MonkeyPatch, batch_size: int, wanted: int
+) -> None:
+    asked: list[int] = []
+    plain = subject_module.sequential
+
+    def watched(*arguments: Any, workers: int, **options: Any) -> Any:
+        asked.append(workers)
+        return plain(*arguments, workers=workers, **options)
+
+    monkeypatch.setattr(subject_module, "sequential", watched)
+    val = digits / "val" / "manifest.json"
+    helped = dataclasses.replace(pixels, workers=2, batch_size=batch_size, _seen={})
+    alone = dataclasses.replace(pixels, batch_size=batch_size, _seen={})
+    assert torch.equal(helped.features(val).values, alone.features(val).values)
+    assert asked == [wanted, 0]
 
 
 def on_a_rank(

@@ -14,9 +14,9 @@ def test_a_million_rows_become_few_and_no_spike_is_lost() -> None:
     rng = np.random.default_rng(0)
     x, y = np.arange(1, 1_000_001) * 256.0, rng.normal(size=1_000_000)
     y[[123_456, 777_777]] = 1000.0, -1000.0
-    began = time.perf_counter()
+    began = time.process_time()  # of this process alone, whatever else the machine does
     line = thinned("run", 0, x, y)
-    assert line is not None and time.perf_counter() - began < 5
+    assert line is not None and time.process_time() - began < 5
     assert len(line.x) == POINTS
     assert np.nanmax(line.high) == 1000 and np.nanmin(line.low) == -1000
     assert (np.diff(line.x) > 0).all() and (line.x[0], line.x[-1]) == (x[0], x[-1])

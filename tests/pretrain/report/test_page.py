@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import pytest
 from PIL import Image
 
 from pretrain.report import report
+from pretrain.report.reading import UNKNOWN
 from tests.pretrain.report.browser import Browser, chromium
+from tests.pretrain.report.many import eighteen
 from tests.pretrain.report.told import Row, run_folder
 
 CUT_OFF = """[...document.querySelectorAll('body *')].filter((e) =>
@@ -63,10 +66,19 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "report.html"
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eighteen runs of a sweep's folder."""
+    root = tmp_path_factory.mktemp("many")
+    eighteen(root)
+    assert report([root / "sweep"], root / "report.html") == []
+    return root / "report.html"
+
+
 @pytest.mark.chromium
 @pytest.mark.parametrize("width", [1280, 375])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("which", ["page", "single"])
+@pytest.mark.parametrize("which", ["page", "single", "many"])
 def test_it_fits_and_asks_nobody(
     browser: Browser, request: pytest.FixtureRequest, which: str, width: int, scheme: str
 ) -> None:
@@ -163,6 +175,170 @@ def test_names_are_text_and_nothing_points_outside(page: Path) -> None:
 def test_what_differs_between_runs_is_told(page: Path, single: Path) -> None:
     text = page.read_text()
     [table] = re.findall(r"<caption>What differs</caption>.*?</table>", text, re.DOTALL)
-    assert re.findall(r"<th scope=\"row\"><code>(.*?)</code>", table) == ["optimizer.lr"]
+    assert re.findall(r"<th scope=\"row\" class=\"first\"><code>(.*?)</code>", table) == ["optimizer.lr"]
     assert "0.0005" in table
     assert "What differs" not in single.read_text()
+
+
+NAMES = "[...document.querySelectorAll('table.runs tbody th')].map((h) => h.innerText.trim().split('\\n')[0])"
+COLUMN = """((title) => {
+    const table = document.querySelector('table.runs');
+    const at = [...table.tHead.rows[0].cells].findIndex((cell) => cell.innerText.startsWith(title));
+    return [...table.tBodies[0].rows].map((row) => row.cells[at].innerText);
+})"""
+
+
+@pytest.mark.chromium
+@pytest.mark.parametrize("width", [1280, 375])
+def test_nothing_goes_beyond_an_edge_without_a_sign(browser: Browser, many: Path, width: int) -> None:
+    """A table that is wider than its place fades where it goes on, and no longer at its end."""
+    with browser.page(many, width) as shown:
+        shown.value("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+        wide = "[...document.querySelectorAll('.scroll')].filter((s) => s.scrollWidth > s.clientWidth + 2)"
+        assert shown.value(f"{wide}.length") >= 2
+        shown.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        assert shown.value(f"{wide}.every((s) => getComputedStyle(s).maskImage !== 'none')")
+        shown.value("document.querySelector('.scroll').scrollLeft = 1e6")
+        shown.value("document.querySelector('.scroll').dispatchEvent(new Event('scroll'))")
+        assert shown.value("getComputedStyle(document.querySelector('.scroll')).maskImage") == "none"
+        first = "document.querySelector('table.runs tbody th').getBoundingClientRect()"
+        assert shown.value(f"{first}.left") >= 0, "whose row it is stays in sight"
+
+
+@pytest.mark.chromium
+def test_the_first_table_says_how_each_run_stands_and_what_is_its_own(browser: Browser, many: Path) -> None:
+    with browser.page(many, 1280) as shown:
+        names = shown.value(NAMES)
+        assert len(names) == 18 and len(set(names)) == 18
+        assert "mae-lr=0.0001,seed=0" in names and "clip-temperature=0.01" in names, (
+            "no common beginning, no hash"
+        )
+        headings = shown.value(
+            "[...document.querySelectorAll('table.runs thead th')].map((h) => h.innerText)"
+        )
+        assert headings[:5] == ["Run", "State", "Steps", "Last loss", "lr"]
+        assert {"temperature", "knn/top1", "Objective"} <= set(headings)
+        ill = shown.value("[...document.querySelectorAll('table.runs .ill')].map((c) => c.innerText)")
+        assert sorted(filter(None, ill))[-3:] == ["✕ failed", "✕ not finite", "✕ not finite"]
+        row = shown.value("[...document.querySelectorAll('table.runs tbody tr')].find((r) => "
+                          "r.innerText.includes('1e+20')).innerText")  # fmt: skip
+        assert "60 of 120" in row and "2.5e+19" in row, "of the rows of metrics, not of the last heartbeat"
+        assert "8 losses in a row" in shown.value("document.querySelector('.notes').innerText")
+
+
+@pytest.mark.chromium
+def test_a_heading_sorts_and_what_is_unknown_comes_last(browser: Browser, many: Path) -> None:
+    with browser.page(many, 1280) as shown:
+        press = (
+            "[...document.querySelectorAll('.runs thead button')].find((b) => b.innerText == '%s').click()"
+        )
+        shown.value(press % "lr")
+        rates = [float(text) for text in shown.value(f"{COLUMN}('lr')")]
+        assert rates == sorted(rates)
+        shown.value(press % "knn/top1")
+        shown.value(press % "knn/top1")
+        figures = shown.value(f"{COLUMN}('knn/top1')")
+        known = [float(text) for text in figures if text[0].isdigit()]
+        assert known == sorted(known, reverse=True) and len(known) == 16
+        assert figures[16:] == [UNKNOWN, "✕ not finite"]
+        assert shown.value("document.querySelector('th[aria-sort]').ariaSort") == "descending"
+
+
+@pytest.mark.chromium
+def test_a_run_can_be_hidden_everywhere_and_shown_again(browser: Browser, many: Path) -> None:
+    with browser.page(many, 1280) as shown:
+        seen = "[...document.querySelectorAll('[data-run=\"2\"]')]"
+        seen += ".filter((e) => getComputedStyle(e).display !== 'none').length"
+        before = shown.value(seen)
+        assert before > 8
+        box = "document.querySelector('tr[data-row=\"2\"] input')"
+        shown.value(f"{box}.click()")
+        assert shown.value(seen) == 0 and shown.value(f"{box}.getClientRects().length") == 1
+        shown.value("document.querySelector('[data-show=none]').click()")
+        assert shown.value(
+            "[...document.querySelectorAll('path.line')].every((l) => getComputedStyle(l).display === 'none')"
+        )
+        shown.value("document.querySelector('[data-show=all]').click()")
+        assert shown.value(seen) == before
+        assert shown.complaints() == []
+
+
+@pytest.mark.chromium
+def test_smoothing_calms_the_curves_and_leaves_measurements_alone(browser: Browser, many: Path) -> None:
+    with browser.page(many, 1280) as shown:
+        path = "[...document.querySelectorAll('%s path.line')].map((l) => l.getAttribute('d'))"
+        curves, scores = shown.value(path % "figure.smooth"), shown.value(path % "#eval0")
+
+        def restless(d: str) -> float:
+            height = [float(each.split()[1]) for each in re.findall(r"[\d.]+ [\d.]+", d)]
+            steps = [b - a for a, b in itertools.pairwise(height)]
+            return sum(abs(b - a) for a, b in itertools.pairwise(steps))
+
+        slide = "(() => { const s = document.querySelector('#smoothing'); s.value = %s; "
+        slide += "s.dispatchEvent(new Event('input')); })()"
+        shown.value(slide % 0.9)
+        smooth = shown.value(path % "figure.smooth")
+        assert restless(smooth[0]) < restless(curves[0]) / 3
+        assert shown.value(path % "#eval0") == scores
+        shown.value(slide % 0)
+        assert shown.value(path % "figure.smooth") == curves and shown.complaints() == []
+
+
+@pytest.mark.chromium
+@pytest.mark.parametrize("width", [1280, 375])
+def test_every_line_of_a_chart_has_its_name_in_sight(browser: Browser, many: Path, width: int) -> None:
+    with browser.page(many, width) as shown:
+        named = """[...document.querySelectorAll('figure.chart:has(path.line)')].map((f) => [
+            f.querySelectorAll('path.line').length,
+            [...f.querySelectorAll('.end em, .keys span')].filter((e) => e.getClientRects().length
+                && e.getBoundingClientRect().right <= innerWidth).length])"""
+        for lines, names in shown.value(named):
+            assert names == lines or lines == 1
+
+
+def test_objectives_have_a_scale_of_their_own_and_no_run_flattens_the_others(many: Path) -> None:
+    text = many.read_text()
+    titles = re.findall(r"<figcaption><h3>(.*?)</h3>", text)
+    assert titles[:3] == ["Loss, clip", "Loss, mae", "Learning rate"]
+    charts = {
+        title: json.loads(data)
+        for title, data in re.findall(
+            r"<figcaption><h3>([^<]*)</h3>.*?<script type=\"application/json\">(.*?)</script>",
+            text,
+            re.DOTALL,
+        )
+    }
+    assert charts["Loss, mae"]["y"][1] < 2 < 10 < charts["Loss, clip"]["y"][1]
+    assert charts["Learning rate"]["y"][1] <= 0.1 and charts["Learning rate"]["log"]
+    assert "mae-lr=1e+20,seed=0 leaves the scale: up to 2.5e19" in text
+    assert "no finite value: mae-lr=1e+20,seed=0" in text
+    assert "values that aren&#39;t finite: mae-lr=1e+20,seed=0 (30)" in text
+
+
+def test_many_runs_have_a_row_each_for_their_time_and_few_a_chart(many: Path, single: Path) -> None:
+    assert many.read_text().count('class="chart shares"') == 0 and '<table class="time">' in many.read_text()
+    assert (
+        single.read_text().count('class="chart shares"') == 1
+        and '<table class="time">' not in single.read_text()
+    )
+
+
+def test_settings_that_vary_come_first_and_those_of_objectives_have_a_column_an_objective(many: Path) -> None:
+    text = many.read_text()
+    [within] = re.findall(
+        r"<caption>What differs between runs of one objective</caption>.*?</table>", text, re.DOTALL
+    )
+    assert re.findall(r"<th scope=\"row\" class=\"first\"><code>(.*?)</code>", within) == [
+        "optimizer.lr", "objective.temperature",
+    ]  # fmt: skip
+    [between] = re.findall(r"2 that differ between objectives.*?</table>", text, re.DOTALL)
+    assert re.findall(r"<th scope=\"col\">(.*?)</th>", between) == ["clip", "mae"]
+    assert "objective.mask_ratio" in between and "0.75" in between
+
+
+def test_captions_in_any_script_are_words_of_the_page(many: Path) -> None:
+    text = many.read_text()
+    [texts] = re.findall(r"<ol class=\"captions\".*?</ol>", text, re.DOTALL)
+    assert re.findall(r"<li dir=\"auto\">(.*?)</li>", texts) == [
+        "红色的圆", "un cercle rouge à l&#39;œuf", "🐈 on a 🚲", "دائرة حمراء",
+    ]  # fmt: skip

@@ -55,7 +55,7 @@ def test_one_row_is_one_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     written: list[bytes] = []
     tracker = Jsonl(tmp_path / "metrics.jsonl", tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", lambda file, data: written.append(data))
+        patch.setattr(os, "write", lambda file, data: written.append(data) or len(data))
         for step in (1, 2):
             tracker.log({"step": step, "loss": 0.5})
     tracker.finish("done")

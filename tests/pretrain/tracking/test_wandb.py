@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from pretrain.config import RunConfig
 from pretrain.tracking.wandb import Wandb, _mode, has_key, offline_folders, upload
 from pretrain.types import Progress, Scores
 from tests.pretrain.tracking.server import server
+from tests.waiting import wait_for
 from tests.wandb_files import records, rows_of
 
 
@@ -75,21 +75,18 @@ def attempt(
 def finished(root: Path) -> list[Any]:
     """Everything in the newest offline file, once it is whole: W&B's own process writes it."""
     newest = max(root.glob("wandb/offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-    deadline = time.monotonic() + 20
-    while True:
-        found = list(records(newest))
-        if any(record.HasField("exit") for record in found):
-            return found
-        assert time.monotonic() < deadline, "W&B doesn't finish its file"
-        time.sleep(0.2)
+
+    def whole() -> bool:
+        return any(record.HasField("exit") for record in records(newest))
+
+    wait_for(f"W&B's process to finish {newest}", whole)
+    return list(records(newest))
 
 
-def history(file: Path, count: int, patience: float = 20.0) -> list[dict[str, Any]]:
+def history(file: Path, count: int) -> list[dict[str, Any]]:
     """Rows of a finished run; W&B's own process may still be writing the last of them on a busy machine."""
-    deadline = time.monotonic() + patience
-    while len(rows := rows_of(file)) < count and time.monotonic() < deadline:
-        time.sleep(0.2)
-    return rows
+    wait_for(f"{count} rows in {file}", lambda: len(rows_of(file)) >= count)
+    return rows_of(file)
 
 
 def test_a_restart_goes_on_in_the_same_run_and_repeats_nothing(tmp_path: Path) -> None:
@@ -390,7 +387,6 @@ def test_what_is_sent_is_what_waits_oldest_first(
         upload([first])
 
 
-@pytest.mark.timeout(60)
 def test_attempts_kept_offline_become_one_run_without_a_gap_or_a_repeat(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
