@@ -14,6 +14,7 @@ from data_pipeline.members import shown
 from data_pipeline.remote import check_name, is_remote, listed
 
 _GLOBBING = "*?["
+_COMPRESSED = (".tgz", ".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 
 
 def expanded(patterns: Sequence[str]) -> list[str]:
@@ -61,19 +62,34 @@ def _named(piece: str) -> list[str]:
             return [piece]
         found = listed(piece)
     elif Path(piece).is_dir():
-        found = sorted(str(path) for path in Path(piece).glob("*.tar") if not path.name.startswith("."))
-        if not found:
-            raise DataError(
-                f"{piece}: a folder without .tar files; name its shards, with a pattern like "
-                f"'{piece.rstrip('/')}/**/*.tar' where they lie deeper"
-            )
-        return found
+        return _in_folder(Path(piece))
     elif os.path.lexists(piece) or not any(sign in piece for sign in _GLOBBING):
         return [piece]
     else:
         found = _globbed(piece)
     if not found:
         raise DataError(f"{piece}: matches no shard")
+    return found
+
+
+def _in_folder(folder: Path) -> list[str]:
+    """The tars directly in a folder; hidden ones are another program's unfinished work."""
+    try:
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: can't be listed: {error.strerror or error}") from None
+    packed = [path.name for path in files if path.name.lower().endswith(_COMPRESSED)]
+    if packed:
+        raise DataError(
+            f"{folder}: holds {len(packed)} compressed tars, for instance {shown(packed[0])}; unpack them, "
+            "or name the shards that are meant"
+        )
+    found = [str(path) for path in files if path.suffix.lower() == ".tar"]
+    if not found:
+        raise DataError(
+            f"{folder}: a folder without .tar files; name its shards, with a pattern like "
+            f"'{folder}/**/*.tar' where they lie deeper"
+        )
     return found
 
 

@@ -125,10 +125,12 @@ class Reader:
         if not row.offsets:
             return
         start, end = min(row.offsets), max(map(add, row.offsets, row.sizes))
+        end = min(end, opened.index.shard_bytes)  # a sparse member is longer than what is stored of it
         if end - start <= _APART + sum(row.sizes):
             os.posix_fadvise(opened.descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
             return
         for at, size in zip(row.offsets, row.sizes, strict=True):  # a link may lead far away
+            size = min(size, opened.index.shard_bytes - at)
             os.posix_fadvise(opened.descriptor, at, size, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:

@@ -90,7 +90,7 @@ def label_name(payload: bytes, manifest: Manifest) -> str:
     try:
         return manifest.classes[label_in(payload)]
     except (ValueError, IndexError):
-        return payload.decode(errors="replace").strip()
+        return payload[:40].decode(errors="replace").strip()
 
 
 def _looked_at(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[int, int, str | None]]:

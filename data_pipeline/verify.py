@@ -54,7 +54,9 @@ class Report:
         return not self.findings and not self.more
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "whole": self.whole}, ensure_ascii=False, indent=1)
+        """Text that UTF-8 can hold, whatever bytes the names have."""
+        text = json.dumps({**asdict(self), "whole": self.whole}, ensure_ascii=False, indent=1)
+        return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _check_whole(manifest: Manifest, number: int, path: Path) -> None:
     os.close(open_shard(path, shard.bytes))
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror or error}") from error
     if digest != shard.sha256:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from data_pipeline.read import Reader
 from data_pipeline.remote import size_of
 from launch import queue, slurm
 from launch.cluster import ClusterConfig
+from launch.network import interfaces
 from launch.registry import look
 from launch.run_files import tail
 from pretrain import start, trained
@@ -344,39 +344,10 @@ def _torchvision(patient: Patient) -> Iterator[Check]:
 
 
 def _network(patient: Patient) -> Iterator[Check]:
-    """The interface that nodes are to talk over exists."""
-    if patient.cluster is None or patient.cluster.nodes == 1:
-        return
-    # Agreements, saving and loading go by gloo on GPUs too: it hangs where a host's name leads to 127.0.1.1.
-    names = ["GLOO_SOCKET_IFNAME"] + ["NCCL_SOCKET_IFNAME"] * bool(patient.cluster.gpus_per_node)
-    for name in names:
-        yield from _interface(name, patient.cluster)
-
-
-def _interface(name: str, cluster: ClusterConfig) -> Iterator[Check]:
-    given = {**os.environ, **cluster.environment}.get(name)
-    here = [interface for _, interface in socket.if_nameindex()]
-    if given is None:
-        yield Check("network", "warn", f"{name} isn't set: {cluster.nodes} nodes choose alone",
-                    f"set it in the cluster's environment; here are {', '.join(here)}")  # fmt: skip
-    elif not any(_matches(name, given, interface) for interface in here):
-        yield Check("network", "warn", f"{name}={given} isn't on this machine, which has {', '.join(here)}",
-                    "make sure that the nodes have it")  # fmt: skip
-    else:
-        yield Check("network", "pass", f"{name}={given}")
-
-
-def _matches(name: str, given: str, interface: str) -> bool:
-    """NCCL reads "=eth0" as that one and "eth" as all that begin so, "^docker0" as all but that; gloo whole
-    names; both several by commas.
-    """
-    if name == "GLOO_SOCKET_IFNAME":
-        return interface in given.split(",")
-    if given.startswith("^"):
-        return True
-    exact = given.startswith("=")
-    names = given.removeprefix("=").split(",")
-    return any(interface == name if exact else interface.startswith(name) for name in names if name)
+    """The interfaces that nodes are to talk over exist."""
+    if patient.cluster is not None and patient.cluster.nodes > 1:
+        for fine, found, fix in interfaces(patient.cluster):
+            yield Check("network", "pass" if fine else "warn", found, fix)
 
 
 def _queue(patient: Patient) -> Iterator[Check]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from configs.errors import ConfigError, RunError
+from data_pipeline.files import write_whole
 from pretrain import checkpoint, collectives, encoders, export_reopen
 from pretrain.collectives import from_main
 from pretrain.encoders import EncoderConfig, registered, weights
@@ -107,12 +107,12 @@ def _reopened_otherwise(
 
 def keep(folder: RunFolder, config: EncoderConfig, encoder: nn.Module, loaded: Loaded) -> dict[str, Any]:
     """Put the encoder's weights into the run folder, atomically; gives what run.json tells of them."""
-    beside = folder.starting_weights.with_name(f".{folder.starting_weights.name}.{os.getpid()}")
-    save_file({name: value.contiguous() for name, value in encoder.state_dict().items()}, beside)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    beside.replace(folder.starting_weights)
+    content = save({name: value.contiguous() for name, value in encoder.state_dict().items()})
+    try:
+        write_whole(folder.starting_weights, content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder.starting_weights)) from error
+    found = hashlib.sha256(content).hexdigest()
     return {"source": config.weights, "taken": str(loaded), "sha256": found}
 
 

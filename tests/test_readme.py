@@ -143,7 +143,7 @@ def test_the_pages_have_lines() -> None:
     assert not [part for part in (*ELSEWHERE, *SMALL) if part not in known and part != "keel data bench"]
 
 
-@pytest.mark.parametrize("line", cases())
+@pytest.mark.parametrize("line", list(cases()))
 def test_a_line_of_a_page_works(desk: Path, line: str) -> None:
     """In their order: README's first, whose run and export the others look at."""
     if "runs/photos-2" in line and not (desk / "runs/photos-2").exists():

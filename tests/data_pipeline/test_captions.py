@@ -18,7 +18,7 @@ from data_pipeline.facts import facts_of, vocabulary_of
 from data_pipeline.load import Loader, build_loader
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import make_missing, make_tokenizer
-from data_pipeline.tokenize import TokenizerConfig, open_tokenizer
+from data_pipeline.tokenize import TokenizerConfig, open_tokenizer, train
 from data_pipeline.types import CenterCrop, ViewSpec
 from tests.data_pipeline.sets import sample, write_set
 
@@ -229,6 +229,27 @@ def test_a_set_may_be_named_by_its_folder_beside_demo_settings(tmp_path: Path, m
     settings = DataConfig(manifest=manifest.directory, demo=DemoConfig(name="shapes"))
     make_missing(settings, tmp_path / "run")
     assert facts_of(settings).samples == manifest.samples and list(tmp_path.iterdir()) == []
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption() -> None:
+    [txt, json_caption] = places(["txt", "json.caption"], ["txt", "json"])
+    assert texts(txt, b"\xef\xbb\xbfa dog") == ["a dog"]
+    assert texts(json_caption, b'\xef\xbb\xbf{"caption": "a dog"}') == ["a dog"]
+
+
+def test_a_tokenizers_folder_is_told_from_its_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is a folder; there is no tokenizer\.json in it"):
+        open_tokenizer(TokenizerConfig(path=tmp_path))
+    (tmp_path / "tokenizer.json").write_bytes(train(["a dog", "a cat"], 300))
+    with pytest.raises(ConfigError, match=f"is a folder; name the file in it: {tmp_path}/tokenizer.json"):
+        open_tokenizer(TokenizerConfig(path=tmp_path))
+    run = tmp_path / "run"
+    (run / "hf").mkdir(parents=True)
+    demo, manifest = DemoConfig(name="shapes", samples=4, val_samples=2), run / "data/train/manifest.json"
+    settings = DataConfig(manifest=manifest, demo=demo, tokenizer=TokenizerConfig(path=run / "hf"))
+    make_missing(settings, run)
+    with pytest.raises(ConfigError, match="hf: is a folder"):
+        facts_of(settings)
 
 
 def test_only_some_of_a_large_set_may_be_read(manifest: Manifest, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def judged(path: Path, folder: Path, split: str = "first") -> Manifest | None:
         assert [name for name, _ in reader.read(0, row, [], found.fields)] == found.fields_of(row)
     reader.close()
     report = verify(manifest, pictures=False)
-    report.to_json().encode("utf-8", "backslashreplace")
+    report.to_json().encode()
     assert report.members.balance and report.members.taken == len(found.offset)
     assert not any("index" in one.reason or "left out" in one.reason for one in report.findings)
     return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from configs.errors import DataError
 from data_pipeline.config import DataConfig
 from data_pipeline.load import Loader, build_loader
 from data_pipeline.manifest import Manifest
-from data_pipeline.quarantine import quarantined
+from data_pipeline.quarantine import Broken, Quarantine, quarantined
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
 from tests.data_pipeline.sets import numbered_set, numbers_in, sample, write_set
+from tests.places import FullDisk
 
 VIEW = ViewSpec((12, 12), CenterCrop(1.0), flip=0)
 BAD = {3, 21}
@@ -90,6 +92,37 @@ def test_each_is_written_once_over_ranks_epochs_and_restarts(manifest: Manifest,
     assert all("can't be decoded" in record["reason"] for record in records)
     file.write_text(file.read_text() + '{"cut')
     assert len(quarantined(file)) == 2
+
+
+def broken(index: int) -> Broken:
+    return Broken(0, index, os.fsdecode(b"caf\xe9.tar"), os.fsdecode(b"k\xe9y"), "png", "no picture", "x")
+
+
+def test_a_sample_drawn_twice_in_a_batch_is_written_once(tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    watched = Quarantine(file, 1)
+    watched.add([broken(1), broken(2), broken(1)], 3)
+    watched.add([broken(2)], 4)
+    assert quarantined(file) == [broken(1), broken(2)] and watched.count == 4  # names come back as they were
+
+
+def test_a_line_that_was_cut_spoils_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "quarantine.jsonl"
+    Quarantine(file, 1).add([broken(1)], 1)
+    file.write_bytes(file.read_bytes() + b'{"source": 0, "ind')  # the disk was full
+    Quarantine(file, 1).add([broken(2)], 1)
+    assert quarantined(file) == [broken(1), broken(2)]
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_quarantine_that_cant_be_written_is_a_line(tmp_path: Path, at: int) -> None:
+    file = tmp_path / "run" / "quarantine.jsonl"
+    with (
+        FullDisk(tmp_path / "run", at) as disk,
+        pytest.raises(DataError, match=r"quarantine.jsonl: can't be"),
+    ):
+        Quarantine(file, 1).add([broken(1)], 1)
+    assert disk.calls > at
 
 
 def test_too_many_stop_the_run_with_a_summary(tmp_path: Path) -> None:

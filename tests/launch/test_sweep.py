@@ -205,6 +205,28 @@ def test_a_finished_member_whose_state_is_torn_isnt_submitted_again(file: Callab
         plan(load_sweep(path))
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs/sweeps").glob("*.yaml")))
+def test_shipped_sweeps_compare_what_can_be_compared(name: str, tmp_path: Path) -> None:
+    sweep = load_sweep(f"sweeps/{name}", [f"dir={tmp_path}"])
+    assert sweeps.remarks(sweep, plan(sweep)) == []
+
+
+def test_a_loss_over_other_things_is_remarked(
+    file: Callable[..., str], keel: Callable[..., tuple[int, str, str]]
+) -> None:
+    rule = {"rule": "median", "metric": "loss"}
+    path = file(grid={"objective.mask_ratio": [0.5, 0.75]}, early_stop=rule)
+    code, _, err = keel("sweep", path, "--dry-run")
+    assert code == 0 and "note: early_stop.metric: objective.mask_ratio differs among the members" in err
+
+
+def test_so_many_of_those_that_are_due_and_the_rest_another_time(
+    file: Callable[..., str], keel: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, out, _ = keel("sweep", file(), "--dry-run", "--at-most", 2)
+    assert code == 0 and out.count("-> submit") == 2 and "6 runs, 2 to submit" in out
+
+
 def test_what_a_resumed_run_may_change_a_sweep_may_too(file: Callable[..., str], digits: Path) -> None:
     finished(file(grid={"run.seed": [0]}))
     overrides = {"data.manifest": str(digits), "train.duration": "4 steps", "data.workers": 0}
@@ -228,28 +250,6 @@ def test_one_run_under_two_names_is_refused(file: Callable[..., str]) -> None:
          "valid list"),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("name", sorted(path.stem for path in Path("configs/sweeps").glob("*.yaml")))
-def test_shipped_sweeps_compare_what_can_be_compared(name: str, tmp_path: Path) -> None:
-    sweep = load_sweep(f"sweeps/{name}", [f"dir={tmp_path}"])
-    assert sweeps.remarks(sweep, plan(sweep)) == []
-
-
-def test_a_loss_over_other_things_is_remarked(
-    file: Callable[..., str], keel: Callable[..., tuple[int, str, str]]
-) -> None:
-    rule = {"rule": "median", "metric": "loss"}
-    path = file(grid={"objective.mask_ratio": [0.5, 0.75]}, early_stop=rule)
-    code, _, err = keel("sweep", path, "--dry-run")
-    assert code == 0 and "note: early_stop.metric: objective.mask_ratio differs among the members" in err
-
-
-def test_so_many_of_those_that_are_due_and_the_rest_another_time(
-    file: Callable[..., str], keel: Callable[..., tuple[int, str, str]]
-) -> None:
-    code, out, _ = keel("sweep", file(), "--dry-run", "--at-most", 2)
-    assert code == 0 and out.count("-> submit") == 2 and "6 runs, 2 to submit" in out
-
-
 def test_messages_speak_of_what_yaml_has(
     file: Callable[..., str], changes: dict[str, Any], line: str
 ) -> None:

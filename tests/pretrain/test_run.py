@@ -147,7 +147,8 @@ BAD = {
     "encoder.name=resnet18": (1, "encoder.args"),
     "data.image_size=36": (1, "data.image_size: 36 x 36 pixels aren't whole patches of 8 x 8"),
     "evaluate=[{kind: knn, data: /nowhere/digits}]": (1, "/nowhere/digits: no such manifest"),
-    "data.manifest=/nowhere/train/manifest.json": (1, "/nowhere/train/manifest.json: no such file, and"),
+    "data.manifest=/nowhere/train/manifest.json": (1, "/nowhere/train"),
+    "data.manifest=/my-phtos/train/manifest.json": (1, "manifest.json: no such file, and demo"),
 }  # fmt: skip
 
 

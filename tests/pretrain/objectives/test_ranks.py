@@ -168,7 +168,8 @@ def test_a_whole_clip_run_with_captions_and_zero_shot(ranks: Ranks, tmp_path: Pa
     data = tmp_path / "data"
     zero_shot = f'{{kind: zero_shot, data: {data}/shapes, templates: ["a {{}}", "there is a {{}}"]}}'
     common = [
-        *RUN, f"data.manifest={data}/shapes/train/manifest.json", f"data.tokenizer.path={data}/shapes/words.json",
+        *RUN, f"data.manifest={data}/shapes/train/manifest.json",
+        f"data.tokenizer.path={data}/shapes/words.json",
         f"evaluate=[{zero_shot}]",
     ]  # fmt: skip
     found = []
