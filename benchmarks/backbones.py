@@ -3,6 +3,7 @@
     python benchmarks/backbones.py                    # every cell that runs/backbones.jsonl doesn't have yet
     python benchmarks/backbones.py --only clip vgg    # cells whose objective or architecture has the word
     python benchmarks/backbones.py --minutes 30       # stops after that long; the next call goes on
+    python benchmarks/backbones.py --decide           # decides only: a minute
     python benchmarks/backbones.py --table            # only writes the page from what has run
 
 A cell is decided on the meta device first, as `keel train` does before it starts: works, or refused in a
@@ -305,7 +306,8 @@ def run(record: Path, cells: Iterable[tuple[Architecture, str]], minutes: float)
     ends, known = time.monotonic() + 60 * minutes, read(record)
     by_name: dict[str, list[tuple[Architecture, str]]] = {}
     for architecture, objective in cells:
-        if (architecture.name, objective) not in known:
+        row = known.get((architecture.name, objective), {})
+        if not (row.get("whole") or row.get("refused")) or row.get("failed"):
             by_name.setdefault(architecture.name, []).append((architecture, objective))
     for name, own in by_name.items():
         if time.monotonic() > ends:
@@ -329,7 +331,7 @@ def _word(row: Mapping[str, Any] | None) -> str:
         return "·"
     if row.get("failed"):
         return "FAILED"
-    return "no" if row["refused"] else "✓"
+    return "no" if row["refused"] else "✓" if row.get("whole") else "○"
 
 
 def table(known: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
@@ -342,9 +344,7 @@ def table(known: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
         rows = {o: known.get((a.name, o)) for o in OBJECTIVES}
         words = []
         for objective, row in rows.items():
-            words.append(
-                _word(row) if row is not None else _word({"refused": decide(a, objective)}).replace("✓", "○")
-            )
+            words.append(_word(row))
             if row is not None and row["refused"]:
                 reasons.setdefault(row["refused"], []).append(f"{a.name} with {objective}")
         sizes = {row["other_size"] for row in rows.values() if row is not None and "other_size" in row}
@@ -364,6 +364,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--decide", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--record", type=Path, default=RECORD)
     chosen = parser.parse_args()
@@ -375,7 +376,15 @@ def main() -> None:
         for c in cells
         if all(word in f"{c[0].name} {c[1]}".split() or word in c[0].name for word in chosen.only)
     ]
-    if not chosen.table:
+    if chosen.decide:
+        chosen.record.parent.mkdir(parents=True, exist_ok=True)
+        known = read(chosen.record)
+        with chosen.record.open("a") as file:
+            for a, o in cells:
+                if (a.name, o) not in known:
+                    row = {"architecture": a.name, "objective": o, "refused": decide(a, o)}
+                    file.write(json.dumps(row) + "\n")
+    elif not chosen.table:
         run(chosen.record, cells, chosen.minutes)
     PAGE.write_text(table(read(chosen.record)))
 

@@ -277,8 +277,8 @@ def _dies_in_channels_last(encoder: nn.Module) -> bool:
 
 
 def width(encoder: nn.Module) -> int:
-    """Size of the feature vector of an encoder that `build` made."""
-    found = getattr(encoder, _WIDTH)
+    """Size of the feature vector; of an encoder that `build` didn't make, what it says itself."""
+    found = getattr(encoder, _WIDTH, None) or encoder.num_features
     assert isinstance(found, int)
     return found
 

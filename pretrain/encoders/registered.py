@@ -15,10 +15,6 @@ from typing import Any
 
 from pretrain.encoders.torchvision_compat import ensure_torchvision
 
-ensure_torchvision()
-
-import timm  # noqa: E402
-
 _DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -38,6 +34,7 @@ def bring(modules: Iterable[str]) -> None:
 
 def require_known(name: str) -> None:
     """Raises ValueError where no architecture has the name, with those that are near."""
+    timm = _timm()
     if timm.is_model(name):
         return
     if ":" in name:
@@ -56,7 +53,7 @@ def require_known(name: str) -> None:
 
 def is_own(name: str) -> bool:
     """Whether an architecture is somebody's own, not timm's."""
-    home: str = timm.model_entrypoint(name.partition(".")[0]).__module__
+    home: str = _timm().model_entrypoint(name.partition(".")[0]).__module__
     return home != "timm" and not home.startswith("timm.")
 
 
@@ -66,7 +63,9 @@ def origins(name: str, imports: Iterable[str] = ()) -> list[str]:
     `imports`, and where there are none, the module that defines it.
     """
     named = list(imports)
-    return [timm.model_entrypoint(name.partition(".")[0]).__module__] if not named and is_own(name) else named
+    return (
+        [_timm().model_entrypoint(name.partition(".")[0]).__module__] if not named and is_own(name) else named
+    )
 
 
 def opened_with(config: Any) -> list[str]:
@@ -74,3 +73,11 @@ def opened_with(config: Any) -> list[str]:
     keel = config.get("keel") if isinstance(config, dict) else None
     found = keel.get("imports") if isinstance(keel, dict) else None
     return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def _timm() -> Any:
+    """Imported when it is asked: half of keel's commands never do."""
+    ensure_torchvision()
+    import timm
+
+    return timm

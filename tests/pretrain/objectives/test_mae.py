@@ -175,5 +175,5 @@ def test_impossible_settings_are_one_line(changes: dict[str, object], message: s
 
 def test_a_resnet_is_refused() -> None:
     encoder = encoders.build(EncoderConfig(name="resnet18"), (32, 32))
-    with pytest.raises(ConfigError, match="needs a VisionTransformer"):
+    with pytest.raises(ConfigError, match="needs a plain VisionTransformer"):
         MAEConfig().build(BuildContext(encoder, (32, 32), 100, 4, None))
