@@ -15,7 +15,7 @@ import pytest
 from configs.loading import dump, load
 from launch import local
 from launch.local import supervise
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, RunSection
 from pretrain.folder import RunFolder
 from tests.waiting import wait_for
 
@@ -237,7 +237,7 @@ def test_restarts_are_bounded(
     folder.config_file.write_text(dump(load("smoke/mae", RunConfig, settings)))
     begun: list[int] = []
 
-    def once(folder: RunFolder, nproc: int, threads: int) -> tuple[int, bool]:
+    def once(folder: RunFolder, nproc: int, run: RunSection) -> tuple[int, bool]:
         begun.append(nproc)
         return (1, True) if len(begun) <= failures else (0, False)
 
