@@ -166,7 +166,7 @@ def _die_with_parent(parent: int) -> None:
 
 def _serve(setup: Setup, shared: Tensor, connection: Connection) -> None:
     assembler = Assembler(setup.job)
-    slots = shared.split(setup.slot_bytes)
+    slots = torch.split(shared, setup.slot_bytes)
     draws, buffers = [draws_in(slot, setup.rows) for slot in slots], [setup.buffers(slot) for slot in slots]
     connection.send_bytes(pickle.dumps(Hello(os.getpid())))
     while True:
