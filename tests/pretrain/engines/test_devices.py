@@ -72,7 +72,9 @@ def test_ranks_that_are_to_use_the_processor_see_no_gpu(
 ) -> None:
     seen: list[str | None] = []
 
-    def supervised(command: object, nproc: int, logs: Path, environment: dict[str, str]) -> tuple[int, bool]:
+    def supervised(
+        command: object, nproc: int, logs: Path, environment: dict[str, str], last: bool
+    ) -> tuple[int, bool]:
         seen.append(environment.get("CUDA_VISIBLE_DEVICES"))
         return 0, False
 
