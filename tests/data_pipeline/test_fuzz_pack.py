@@ -5,18 +5,21 @@ A few inputs here; under make torture 1,000 of each kind that writes a set.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.errors import DataError
 from data_pipeline.books import Books
+from data_pipeline.classes import read_classes
 from data_pipeline.manifest import Manifest
 from data_pipeline.pack import pack
 from tests.data_pipeline.sets import encoded, photograph
@@ -161,6 +164,17 @@ TABLES = {
 }
 
 
+def parquet() -> bytes:
+    """A table of two pictures' paths, captions and labels."""
+    rows = {"path": ["a.jpg", "b.jpg"], "caption": [["x", "y"], []], "label": [0, 1]}
+    memory = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table(rows), memory)
+    return memory.getvalue()
+
+
+TABLES[".parquet"] = parquet()
+
+
 @FUZZ
 @given(data=st.data(), ending=st.sampled_from(sorted(TABLES)))
 def test_tables_of_any_bytes(place: Path, data: st.DataObject, ending: str) -> None:
@@ -170,3 +184,18 @@ def test_tables_of_any_bytes(place: Path, data: st.DataObject, ending: str) -> N
     table = place / f"table{ending}"
     table.write_bytes(data.draw(mutations(TABLES[ending])))
     require_sound(table, place / "out", skip_broken=9)
+
+
+@FUZZ
+@given(data=st.one_of(mutations("cat\r\ndog\n\u732b\n".encode()), st.binary(max_size=60)))
+def test_class_files_of_any_bytes(place: Path, data: bytes) -> None:
+    """Names that can be numbered and printed, or our own error in a line."""
+    place.mkdir(exist_ok=True)
+    (place / "classes.txt").write_bytes(data)
+    try:
+        names = read_classes(place / "classes.txt")
+    except DataError as error:
+        assert "\n" not in str(error) and "classes.txt" in str(error)
+    else:
+        assert names and all(name and name == name.strip() for name in names)
+        "".join(names).encode()
