@@ -177,6 +177,9 @@ def _trouble(error: BaseException) -> _Trouble:
         if isinstance(one, ConnectionError | TimeoutError) or "Connect" in type(one).__name__:
             return _Trouble(f"its server can't be reached ({_said(one)})", again=True)
     for one in chain:
+        if "Credentials" in type(one).__name__:  # botocore's and google.auth's
+            told = f"its server wants credentials: {_said(one)}; set them as its client reads them"
+            return _Trouble(told, again=False)
         if isinstance(one, PermissionError):
             return _Trouble(f"its server refuses access: {_said(one)}", again=False)
         if isinstance(one, FileNotFoundError):

@@ -33,6 +33,7 @@ ELSEWHERE = {
     "keel resume": "of a sweep on a cluster",
     "keel sync": "needs W&B's server; tests/launch/test_sync.py has one",
     "keel data bench": "measures for half a minute",
+    "s3://": "of a cloud; tests/data_pipeline/test_s3.py has a server",
 }
 """Parts of lines that aren't run here, and why."""
 
@@ -59,6 +60,9 @@ STANDS_FOR = {
     "runs/mae-lr2": "runs/photos-2",
     "runs/mae": "runs/photos",
     "runs/sweep-mae-lr --sort=-best": "runs --sort=-loss",
+    "report runs/sweep": "report runs",
+    "shards/{000000..000123}.tar": "data/labelled/train/shard-{000000..000000}.tar",
+    "pairs.csv": "tabled/pairs.csv",
     "backbones/mae": "backbones/photos",
     "MANIFEST": "data/captioned/manifest.json",
     "SHARDS...": "data/photos/*.tar",
@@ -112,12 +116,15 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(photo)
         table.append(f"{photo.relative_to(desk / 'photos')},number {number} of a heap")
     (desk / "photos.csv").write_text("\n".join(table))
+    (desk / "classes.txt").write_text("cats\ndogs\n")
     for line in (
         "keel data pack photos --out data/labelled/train && cp -r data/labelled/train data/labelled/val",
         "cp -r photos tabled && mv photos.csv tabled; keel data pack tabled/photos.csv --out data/captioned",
     ):
         said = typed(desk, line)
         assert said.returncode == 0, said.stderr
+    table[0] = "path,alt_text"
+    (desk / "tabled" / "pairs.csv").write_text("\n".join(table))
     return desk
 
 
