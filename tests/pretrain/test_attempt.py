@@ -194,10 +194,12 @@ def test_a_fork_goes_on_where_its_parent_was(
     other = ["optimizer.lr=1e-3", "train.duration=16 steps", "train.batch_size=32"]
     prepare(config_for(root, digits, *other), world_size=1, fork=Fork(rolled_back, step=9))
     state = RunFolder(root).read_state()
+    rates = {"rate": state["parent"]["rate"], "fork_rate": state["parent"]["fork_rate"]}
     assert state["parent"] | {"checkpoint": ""} == {
         "run": str(rolled_back), "id": RunFolder(rolled_back).read_state()["id"], "checkpoint": "",
-        "step": 9, "anew": False,
+        "step": 9, "anew": False, **rates,
     }  # fmt: skip
+    assert 0 < rates["fork_rate"] < rates["rate"]  # its cosine is the steeper one: said where it happens
     assert state["id"] != state["parent"]["id"]
     assert ranks(1, train_here, root=str(root)) == ["done"]
     own, parents = rows(root), rows(rolled_back)

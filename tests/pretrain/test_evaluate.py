@@ -32,9 +32,9 @@ def test_evaluations_leave_no_trace(ranks: Ranks, tmp_path: Path, digits: Path, 
     count, evaluations = EVALUATIONS[smoke]
     overrides = list(STEPS)
     if smoke == "clip":  # needs captions, which it makes
-        digits = tmp_path / "shapes"
+        digits = tmp_path / "data" / "shapes"
         overrides += ["data.demo.samples=128", "data.demo.val_samples=64"]
-        overrides += [f"data.tokenizer.path={tmp_path}/words.json"]
+        overrides += [f"data.tokenizer.path={digits}/words.json"]
     found = {}
     for name in ("plain", "judged"):
         asked = ", ".join(evaluations).replace("DATA", str(digits)) if name == "judged" else ""
