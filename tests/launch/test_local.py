@@ -144,7 +144,9 @@ def test_the_first_failure_is_named_not_its_echo(tmp_path: Path, capfd: pytest.C
     body = """
     if rank == 2:
         os._exit(1)
-    time.sleep(0.3)
+    while not (here / "pid2").exists():
+        time.sleep(0.01)
+    time.sleep(2)
     os._exit(1)
     """
     assert run(tmp_path, body, nproc=3) == 1

@@ -140,14 +140,15 @@ def test_siglips_tower_goes_over_as_timms() -> None:
     with torch.device("meta"):
         encoder = encoders.build(config.encoder, (224, 224))
         pair = config.objective.build(BuildContext(encoder, (224, 224), 10**6, 32, None))
-        run = SimpleNamespace(config=config, image_size=(224, 224))
+        coloured = SimpleNamespace(grey=False)
+        run = SimpleNamespace(config=config, image_size=(224, 224), view=coloured)
         weights, model = export_open_clip._image_tower(pair, run)  # type: ignore[arg-type]
         text = export_open_clip._text_config(pair)  # type: ignore[arg-type]
         model.pop("custom_text")
         theirs = open_clip.CLIP(**model, text_cfg=text).visual.state_dict()
     assert {f"visual.{n}": v.shape for n, v in theirs.items()} == {n: v.shape for n, v in weights.items()}
     assert model["vision_cfg"]["timm_pool"] == "map" and model["vision_cfg"]["timm_proj"] == "none"
-    small = SimpleNamespace(config=config, image_size=(64, 64))
+    small = SimpleNamespace(config=config, image_size=(64, 64), view=coloured)
     with pytest.raises(RunError, match=r"data\.image_size: found \(64, 64\); open_clip makes timm's"):
         export_open_clip._image_tower(pair, small)  # type: ignore[arg-type]
 
