@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 from configs.errors import ConfigError
@@ -20,7 +21,7 @@ from data_pipeline.augment import denormalised, normalised
 from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import encoders, export, start
 from pretrain.config import RunConfig
-from pretrain.encoders import weights
+from pretrain.encoders import EncoderConfig, weights
 from pretrain.evaluate import evaluate
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.evaluators.subject import evaluation_view
@@ -242,8 +243,10 @@ def test_what_cannot_be_masked_is_refused_by_name(
     tmp_path: Path, digits: Path, encoder: str, told: str
 ) -> None:
     size = "data.image_size=28" if "14_" in encoder else "data.image_size=32"
+    config = config_for(tmp_path / "run", digits, size)
+    config = config.model_copy(update={"encoder": EncoderConfig.model_validate(yaml.safe_load(encoder))})
     with pytest.raises(ConfigError, match=f"^encoder.name: mae needs a plain .*{told}"):
-        prepare(config_for(tmp_path / "run", digits, f"encoder={encoder}", size), world_size=1)
+        prepare(config, world_size=1)
 
 
 def test_chance_that_belongs_to_ranks_is_said_where_it_is_used(
