@@ -39,6 +39,7 @@ class JobState:
     restarts: int = 0  # times SLURM has run it again
     exit_code: int | None = None  # of the job's script, negative for a signal; None until it has ended
     name: str = ""  # the job's, empty where it isn't told
+    accounted: bool = False  # told by the accounting, which lags behind and remembers older jobs
 
     @property
     def waiting(self) -> bool:
@@ -77,10 +78,13 @@ def states(job_ids: Iterable[str], timeout: float = 5.0) -> Mapping[str, JobStat
 
 
 def known_as(job: JobState | None, name: str | None) -> JobState | None:
-    """A job that was submitted as `name`; one with another name has got the id since, and ours is gone."""
+    """A job that was submitted as `name`; one with another name has got the id since, and ours is gone.
+
+    Of another name in the accounting nothing follows: its records lag behind. None, as of an unasked one.
+    """
     if job is None or not name or not job.name or job.name == name:
         return job
-    return JobState(GONE)
+    return None if job.accounted else JobState(GONE)
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,7 @@ def _sacct(wanted: Iterable[str], timeout: float) -> dict[str, JobState]:
         state, _, by = state.partition(" ")  # "CANCELLED by 1000"
         ended = state not in _WAITING | _AT_WORK
         ended_by = _exit_code(code) if ended else None
-        known = JobState(state, by or _said(reason), _said(nodes), 0, ended_by, name)
+        known = JobState(state, by or _said(reason), _said(nodes), 0, ended_by, name, accounted=True)
         found |= dict.fromkeys(expanded(job), known)
     return found
 
