@@ -14,7 +14,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from configs.errors import RunError
 
@@ -39,7 +39,8 @@ class JobState:
     restarts: int = 0  # times SLURM has run it again
     exit_code: int | None = None  # of the job's script, negative for a signal; None until it has ended
     name: str = ""  # the job's, empty where it isn't told
-    accounted: bool = False  # told by the accounting, which lags behind and remembers older jobs
+    # Told by the accounting, which lags behind and remembers older jobs.
+    accounted: bool = field(default=False, compare=False)
 
     @property
     def waiting(self) -> bool:
