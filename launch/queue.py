@@ -39,7 +39,7 @@ class JobState:
     restarts: int = 0  # times SLURM has run it again
     exit_code: int | None = None  # of the job's script, negative for a signal; None until it has ended
     name: str = ""  # the job's, empty where it isn't told
-    # Told by the accounting, which lags behind and remembers older jobs.
+    # Told by the accounting, whose names aren't always those that were submitted.
     accounted: bool = field(default=False, compare=False)
 
     @property
@@ -81,11 +81,11 @@ def states(job_ids: Iterable[str], timeout: float = 5.0) -> Mapping[str, JobStat
 def known_as(job: JobState | None, name: str | None) -> JobState | None:
     """A job that was submitted as `name`; one with another name has got the id since, and ours is gone.
 
-    Of another name in the accounting nothing follows: its records lag behind. None, as of an unasked one.
+    Only the controller's names are compared: the accounting was seen to have others for the same job.
     """
-    if job is None or not name or not job.name or job.name == name:
+    if job is None or job.accounted or not name or not job.name or job.name == name:
         return job
-    return None if job.accounted else JobState(GONE)
+    return JobState(GONE)
 
 
 @dataclass(frozen=True)
