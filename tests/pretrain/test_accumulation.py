@@ -132,7 +132,7 @@ class Unsaid(Objective):
     """Has a `before_step`, and forgot to say so."""
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
-        raise NotImplementedError
+        raise AssertionError("is never computed")
 
     def before_step(self, share: Batch, progress: Progress) -> None:
         raise AssertionError("is never called")
