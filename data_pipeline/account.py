@@ -18,8 +18,14 @@ APART = (
     "other (tar --sort=name)"
 )
 AGAIN = "samples begin where a field came a second time within one, which webdataset refuses"
+NO_LABEL = "samples have no label"
+BAD_LABEL = "samples have a label that can't be used"
 SAME_BYTES = "shards hold the same bytes as one before"
 
+_HINTS = {
+    NO_LABEL: "; a label is a field of its own (cls, or --label-field), not a key inside a JSON field",
+    BAD_LABEL: "; a label is written as a number from 0 on, the place of its class in --classes",
+}
 _FIELDS_SHOWN = 6
 
 
@@ -48,7 +54,7 @@ class Account:
         lines = [*self.shards.lines(), *self.members.lines()]
         for what, seen in sorted(self.doubts.items()):
             more = ", ..." if seen.count > len(seen.examples) else ""
-            hint = _hint(fields) if what == NO_PICTURE else ""
+            hint = _hint(fields) if what == NO_PICTURE else _HINTS.get(what, "")
             lines.append(f"{seen.count} {what} (for instance {', '.join(seen.examples)}{more}){hint}")
         return lines
 

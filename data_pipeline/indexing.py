@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from data_pipeline.account import AGAIN, APART, MORE_PICTURES, NO_PICTURE, SAME_
 from data_pipeline.fields import IMAGE_FIELDS
 from data_pipeline.files import write_whole
 from data_pipeline.index import FORMAT, Index, Surveyed, fields_counted, survey
+from data_pipeline.labels import doubt_labels
 from data_pipeline.manifest import Manifest, Shard, all_fields, index_name, relative_name, save_index
 from data_pipeline.members import Split, shown
 from data_pipeline.parallel import Progress, mapped
@@ -91,19 +92,20 @@ def index(
     if len(bad) > skip_broken or not done:
         raise DataError(_all_bad(bad, len(tasks)))
     account, known = _account(done, bad), all_fields(one.fields for one in done.values())
-    if strict:
-        account.require_nothing_left_out(str(out), known)
     manifest = Manifest(
         out.absolute(),
         tuple(one.shard for one in done.values()),
         known,
         tuple(classes),
-        {"indexed": account.as_dict()},
         picture_fields=fields.picture,
         label_fields=fields.label,
         split=fields.split,
     )
     _require_chosen(manifest)
+    doubt_labels(manifest, account)
+    if strict:
+        account.require_nothing_left_out(str(out), known)
+    manifest = replace(manifest, about={"indexed": account.as_dict()})
     with writing(out):
         manifest.save()
         for receipt in (out / "index").glob("*.receipt"):

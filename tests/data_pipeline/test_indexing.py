@@ -362,11 +362,11 @@ def test_fields_apart_are_said(tmp_path: Path) -> None:
     entries: list[Entry] = [(f"{n}.{name}", sample(n)[name]) for name in ("png", "cls") for n in range(3)]
     manifest = index([str(tarred(tmp_path / "0.tar", entries))], tmp_path / "list")
     lines = account.Account.from_dict(manifest.about["indexed"]).lines(manifest.fields)
-    assert manifest.samples == 6 and len(lines) == 2
-    assert lines[0].startswith("3 samples have no picture (for instance 0 (cls), 1 (cls), 2 (cls))")
-    assert lines[1].startswith(
-        "3 samples have the key of an earlier one in their shard; the members of a sample"
-    )
+    assert manifest.samples == 6 and len(lines) == 3  # no picture, no label, and their keys again
+    assert lines[0].startswith("3 samples have no label (for instance 0, 1, 2)")
+    assert lines[1].startswith("3 samples have no picture (for instance 0 (cls), 1 (cls), 2 (cls))")
+    again = "3 samples have the key of an earlier one in their shard; the members of a sample"
+    assert lines[2].startswith(again)
 
 
 def test_fields_may_be_chosen(tmp_path: Path) -> None:
@@ -556,3 +556,15 @@ def test_an_account_that_isnt_the_tars_is_found(tmp_path: Path) -> None:
         f"manifest.json: says that 5 members are left out as {members.NO_FIELD}, but there are 1; "
         "index the shards anew"
     ]
+
+
+def test_labels_that_nobody_can_use_are_said_when_a_set_is_indexed(tmp_path: Path) -> None:
+    path = tarred(
+        tmp_path / "words.tar",
+        [member for n in range(4) for member in ((f"{n}.jpg", b"\xff\xd8"), (f"{n}.cls", b"cat"))],
+    )
+    manifest = index([str(path)], tmp_path / "set", classes=("cat", "dog"))
+    doubt = manifest.about["indexed"]["doubts"][account.BAD_LABEL]
+    assert doubt == {"count": 4, "examples": ["0: a label is a whole number, found 'cat'"]}
+    with pytest.raises(DataError, match=r"4 samples have a label that can't be used.*--strict"):
+        index([str(path)], tmp_path / "strict", strict=True)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from configs.errors import DataError
+from data_pipeline.account import BAD_LABEL, NO_LABEL, Account
 from data_pipeline.indexing import add_shard
-from data_pipeline.labels import labels_of
+from data_pipeline.labels import doubt_labels, labels_of
 from data_pipeline.manifest import Manifest, all_fields
 from data_pipeline.read import Reader
 from data_pipeline.shards import write_shard
@@ -77,3 +78,31 @@ def test_a_sample_without_a_usable_label_is_named(
 ) -> None:
     with pytest.raises(DataError, match=said):
         labels_of(labelled(tmp_path, payloads))
+
+
+def doubted(manifest: Manifest) -> dict[str, tuple[int, list[str]]]:
+    account = Account()
+    doubt_labels(manifest, account)
+    return {what: (seen.count, list(seen.examples)) for what, seen in account.doubts.items()}
+
+
+def test_labels_that_training_would_refuse_are_counted_and_shown(tmp_path: Path) -> None:
+    payloads = [b"0", b"1\n", b"cat", b"-1", None, b"5.0", b"", b"cat", b"2", b"1"]
+    manifest = labelled(tmp_path, payloads, ("dog", "cat"))
+    found = doubted(manifest)
+    assert found[NO_LABEL] == (1, ["0004"])
+    count, examples = found[BAD_LABEL]
+    assert count == sum(one not in (b"0", b"1\n", b"1", None) for one in payloads)
+    assert "0002: a label is a whole number, found 'cat'" in examples
+
+
+def test_a_label_beyond_the_named_classes_is_doubted_in_any_spelling(tmp_path: Path) -> None:
+    for number, payload in enumerate((b"7", b"7\n")):
+        manifest = labelled(tmp_path / str(number), [b"0", payload], ("dog", "cat"))
+        assert doubted(manifest)[BAD_LABEL] == (1, ["0001: 7 isn't a class of the 2 there are"])
+        assert not doubted(labelled(tmp_path / f"unnamed{number}", [b"0", payload]))
+
+
+def test_named_classes_want_labels_and_pictures_alone_do_not(tmp_path: Path) -> None:
+    assert doubted(labelled(tmp_path / "named", [None, None], ("dog",)))[NO_LABEL] == (2, ["0000", "0001"])
+    assert not doubted(labelled(tmp_path / "unnamed", [None, None]))
