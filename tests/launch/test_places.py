@@ -119,7 +119,7 @@ def whole(root: Path) -> None:
 
 
 @pytest.mark.usefixtures("taking")
-@pytest.mark.parametrize("what", ["cancel"])
+@pytest.mark.parametrize("what", ["cancel", "submit", "sweep"])
 def test_a_disk_that_fills_up_is_a_line_and_leaves_nothing_torn(
     tmp_path: Path, digits: Path, keel: Callable[..., Said], what: str
 ) -> None:
