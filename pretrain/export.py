@@ -339,8 +339,14 @@ def _publish(partial: Path, to: Path) -> None:
         to.rename(older)
         try:
             partial.rename(to)
-        except OSError:
-            older.rename(to)
+        except OSError as error:
+            try:
+                older.rename(to)
+            except OSError:
+                what = (
+                    f"{error.strerror or error}, nor could the older export get its name back: it is {older}"
+                )
+                raise OSError(error.errno, what) from error
             raise
         shutil.rmtree(older)
     else:

@@ -13,6 +13,7 @@ import torch
 from launch.cli import main
 from pretrain import checkpoint
 from pretrain.engines import storage
+from tests.places import FullDisk
 
 Said = tuple[int, str, str]
 
@@ -114,3 +115,11 @@ def test_what_is_no_run_is_one_line(keel: Callable[..., Said], tmp_path: Path) -
         assert (code, out) == (2, "")
         assert err == f"error: {tmp_path}: not a run folder (no config.yaml in it)\n"
     assert keel("prune", tmp_path, "--keep", 0)[0] == 2
+
+
+def test_a_disk_that_takes_no_rename_is_a_line(keel: Callable[..., Said], run: Path) -> None:
+    with FullDisk(run, 0):
+        code, _, err = keel("prune", run, "--keep", 1)
+    assert code == 2 and "No space left on device" in err and str(run) in err
+    assert names(run) == [40, 30, 20, 10] and keel("verify", run)[0] == 0
+    assert keel("prune", run, "--keep", 1)[0] == 0 and names(run) == [40, 20]

@@ -32,6 +32,7 @@ from pretrain.evaluators.schedule import write as record
 from pretrain.export_open import open_timm
 from pretrain.run import prepare
 from pretrain.types import Progress, Scores, Weights
+from tests.places import FullDisk
 from tests.pretrain.last_look import train_and_look
 
 timm = pytest.importorskip("timm")
@@ -352,3 +353,38 @@ def test_a_disk_that_takes_no_more_leaves_nothing(exports: Exports, tmp_path: Pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["a new folder", "over an older export"])
+def test_whatever_call_finds_the_disk_full_an_export_is_whole_or_not_there(
+    exports: Exports, tmp_path: Path, older: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "verify", lambda *_: 0.0)  # the fresh process writes nothing
+    run = exports.run("clip")
+
+    def begin(root: Path) -> dict[str, bytes]:
+        if older:
+            export.export(run, root / "out")
+            (root / "out" / "README.md").write_text("the older one")
+        return {path.name: path.read_bytes() for path in root.glob("out/*")}
+
+    begin(tmp_path / "whole")
+    with FullDisk(tmp_path / "whole") as disk:
+        export.export(run, tmp_path / "whole" / "out", force=older)
+    assert disk.calls > 5
+    for at in range(disk.calls):
+        root = tmp_path / str(at)
+        before = begin(root)
+        with (
+            FullDisk(root, at) as full,
+            pytest.raises(RunError, match="can't be written: No space left") as line,
+        ):
+            export.export(run, root / "out", force=older)
+        assert str(root) in str(line.value), full.log[at]
+        out = root / "out"
+        if not out.exists() and older:  # not even the way back was open
+            [out] = root.glob(".out.*.older")
+            assert str(out) in str(line.value)
+            out.rename(root / "out")
+        assert {path.name: path.read_bytes() for path in root.glob("out/*")} == before, full.log[at]
+        assert not list(root.glob(".out*")), full.log[at]
