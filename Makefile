@@ -10,8 +10,8 @@ setup:  ## make .venv; quick when nothing is missing
 demo: setup  ## pack digits, pretrain, evaluate, export, reopen: a few minutes on two cores
 	@$(BIN)/keel demo
 
-test: setup  ## the tests
-	@$(BIN)/python -m pytest
+test: setup  ## the tests, in two processes
+	@$(BIN)/python -m pytest --numprocesses 2
 
 check: setup  ## lint, types, architecture
 	@$(BIN)/ruff check .

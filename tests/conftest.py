@@ -23,6 +23,7 @@ from tests.selection import (  # noqa: F401  hooks
     pytest_collection_modifyitems,
     pytest_runtest_makereport,
     pytest_runtest_setup,
+    pytest_xdist_make_scheduler,
 )
 
 # A CI started by nohup or as a shell's background job would pass on that these are ignored.

@@ -1,4 +1,7 @@
-"""Which marked tests run where.
+"""Which marked tests run where, and beside which others.
+
+Under pytest-xdist (make test) the tests of a file stay in one process, for what they share, and all of
+SLURM's in one, for their one cluster; those begin first, because they mostly wait.
 
 `gpu` needs a CUDA device; `torture` runs under KEEL_TORTURE=1 only (make torture). Tests that may skip on a
 desk must not in CI: KEEL_REQUIRED_MARKS="slurm chromium" makes skips of tests with those marks failures.
@@ -12,15 +15,38 @@ from typing import Any
 
 import pytest
 
+SLURM = "tests/slurm/"
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Torture is left out unless asked for; it wouldn't tell anybody anything to list it as skipped."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: _together(item.nodeid) != SLURM)
     if os.environ.get("KEEL_TORTURE") == "1":
         return
     torture = [item for item in items if item.get_closest_marker("torture")]
     if torture:
         config.hook.pytest_deselected(items=torture)
         items[:] = [item for item in items if item not in torture]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files go to processes whole, in their order."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _together(nodeid)
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
+def _together(nodeid: str) -> str:
+    """What has to run in one process: a file, or SLURM's folder."""
+    file = nodeid.split("::", 1)[0]
+    return SLURM if file.startswith(SLURM) else file
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
