@@ -16,7 +16,7 @@ from pretrain.types import Progress, Scores, StepReport, StopReason
 
 
 def require_known(config: CheckpointConfig, evaluations: Sequence[EvaluatorConfig]) -> None:
-    """Raises `ConfigError` where `checkpoint.best` names no evaluation of the run."""
+    """Raises `ConfigError` where `checkpoint.best` names no evaluation of the run, or no figure of it."""
     if config.best is None:
         return
     name, _, figure = config.best.rpartition("/")
@@ -25,6 +25,12 @@ def require_known(config: CheckpointConfig, evaluations: Sequence[EvaluatorConfi
         raise ConfigError(
             f"checkpoint.best: found {config.best}, but it reads EVALUATION/FIGURE, such as knn/top1; "
             f"the evaluations of this run: {', '.join(names) or 'none'}"
+        )
+    figures = evaluations[names.index(name)].figures()
+    if figures is not None and figure not in figures:
+        raise ConfigError(
+            f"checkpoint.best: found {config.best}, but {name} has no figure {figure}; it has: "
+            f"{', '.join(figures) or 'none'}"
         )
 
 

@@ -20,6 +20,10 @@ class EffectiveRankConfig(EvaluatorConfig):
 
     kind: str = "effective_rank"
 
+    def figures(self) -> tuple[str, ...]:
+        """See `EvaluatorConfig.figures`."""
+        return ("effective_rank",)
+
     def build(self) -> Evaluator:
         return EffectiveRank(self)
 

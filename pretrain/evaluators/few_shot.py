@@ -39,6 +39,10 @@ class FewShotConfig(EvaluatorConfig):
     seed: int = 0
     c: pydantic.PositiveFloat = 0.1  # scikit-learn's C on standardised features
 
+    def figures(self) -> tuple[str, ...]:
+        """See `EvaluatorConfig.figures`."""
+        return tuple(f"top1_at_{n}" for n in self.shots)
+
     def build(self) -> Evaluator:
         return FewShot(self)
 

@@ -37,6 +37,10 @@ class KNNConfig(EvaluatorConfig):
     k: pydantic.PositiveInt = 20
     temperature: pydantic.PositiveFloat = 0.07
 
+    def figures(self) -> tuple[str, ...]:
+        """See `EvaluatorConfig.figures`."""
+        return ("top1", "top5")
+
     def build(self) -> Evaluator:
         return KNN(self)
 

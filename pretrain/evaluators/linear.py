@@ -37,6 +37,10 @@ class LinearConfig(EvaluatorConfig):
     batch_norm: bool = True  # standardise features, as BatchNorm(affine=False) in front would
     seed: int = 0
 
+    def figures(self) -> tuple[str, ...]:
+        """See `EvaluatorConfig.figures`."""
+        return ("top1",)
+
     def build(self) -> Evaluator:
         return Linear(self)
 

@@ -37,6 +37,10 @@ class PicturesConfig(EvaluatorConfig):
         """The shown one: nothing is learnt from labels."""
         return super().manifests()[-1:]
 
+    def figures(self) -> tuple[str, ...]:
+        """See `EvaluatorConfig.figures`."""
+        return ()
+
     def build(self) -> Evaluator:
         return Pictures(self)
 

@@ -68,6 +68,10 @@ class RetrievalConfig(EvaluatorConfig):
                     f"give each image one, or judge by another set than evaluate.{self.title}.data"
                 )
 
+    def figures(self) -> tuple[str, ...]:
+        """See `EvaluatorConfig.figures`."""
+        return tuple(f"{way}_at_{k}" for way in ("image_to_text", "text_to_image") for k in self.at)
+
     def build(self) -> Evaluator:
         return Retrieval(self)
 

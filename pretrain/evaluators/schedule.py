@@ -80,7 +80,13 @@ def _judged(evaluations: Sequence[EvaluatorConfig], subject: Subject, progress: 
     """Scores of those that can be made: that a run has diverged is for the watch over its losses to say."""
     for evaluation in evaluations:
         try:
-            yield evaluation.build()(subject)
+            scores = evaluation.build()(subject)
+            known = evaluation.figures()
+            if known is not None and (more := set(scores.values) - set(known)):
+                raise ValueError(
+                    f"evaluations of kind {evaluation.kind} don't name all figures: {sorted(more)}"
+                )
+            yield scores
         except NotFiniteError as error:
             if collectives.rank() == 0:
                 log.warning("step %d: no figure of %s: %s", progress.step, evaluation.title, error)

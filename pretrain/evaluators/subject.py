@@ -206,6 +206,10 @@ class EvaluatorConfig(Config, ABC):
     def title(self) -> str:
         return self.name or self.kind
 
+    def figures(self) -> tuple[str, ...] | None:
+        """Names of all scores it can give; None where the objective or the data decide."""
+        return None
+
     def placed(self) -> Self:
         """The same with absolute paths, so that it means the same from any working directory."""
         labelled = None if self.labelled is None else self.labelled.expanduser().absolute()

@@ -86,6 +86,10 @@ class ZeroShotConfig(EvaluatorConfig):
         if found and (highest := int(found[-1].max())) >= len(names):
             raise DataError(f"{manifest.path}: has label {highest}, but only {len(names)} classes are named")
 
+    def figures(self) -> tuple[str, ...]:
+        """See `EvaluatorConfig.figures`."""
+        return ("top1", "top5")
+
     def build(self) -> Evaluator:
         return ZeroShot(self)
 

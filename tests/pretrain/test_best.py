@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
+from configs.errors import ConfigError
 from pretrain import best, checkpoint
 from pretrain.best import KeepBest
 from pretrain.checkpoint import CheckpointConfig
+from pretrain.evaluators.few_shot import FewShotConfig
+from pretrain.evaluators.heldout import HeldOutConfig
 from pretrain.evaluators.knn import KNNConfig
+from pretrain.evaluators.pictures import PicturesConfig
 
 
 @pytest.mark.parametrize("figures", list(itertools.permutations([50.0, math.nan, 70.0, math.nan])))
@@ -37,3 +41,27 @@ def test_a_nan_that_an_older_version_has_pinned_gives_way(monkeypatch: pytest.Mo
     config = CheckpointConfig(best="knn/top1", best_is="highest")
     saver: Any = SimpleNamespace()
     assert KeepBest(config, [KNNConfig(data=Path("x"))], Path("run"), saver, (1, 1))._better(0.1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ("knn/top2", "checkpoint.best: found knn/top2, but knn has no figure top2; it has: top1, top5"),
+        ("shots/top1_at_2", "found shots/top1_at_2, .* it has: top1_at_1, top1_at_5"),
+        ("pictures/top1", "pictures has no figure top1; it has: none"),
+        ("linear/top1", "the evaluations of this run: knn, shots, pictures, heldout"),
+        ("knn", "it reads EVALUATION/FIGURE"),
+    ],
+)
+def test_a_figure_that_no_evaluation_has_is_refused_before_training(wanted: str, message: str) -> None:
+    data = Path("x")
+    evaluations = [
+        KNNConfig(data=data),
+        FewShotConfig(data=data, name="shots", shots=(1, 5)),
+        PicturesConfig(data=data),
+        HeldOutConfig(data=data),
+    ]
+    with pytest.raises(ConfigError, match=message):
+        best.require_known(CheckpointConfig(best=wanted), evaluations)
+    for known in ("knn/top5", "shots/top1_at_5", "heldout/whatever the objective says"):
+        best.require_known(CheckpointConfig(best=known), evaluations)

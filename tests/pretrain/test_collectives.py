@@ -73,6 +73,33 @@ def main_only(fail: bool) -> str:
     return found
 
 
+def unsendable() -> tuple[str, str]:
+    """What every rank meets where rank 0 has an error, or a value, that can't be pickled."""
+    processes.start("cpu")
+
+    class LocalError(Exception):
+        def __init__(self) -> None:
+            super().__init__("only rank 0 knows it")
+            self.handle = lambda: 0
+
+    def fail() -> None:
+        raise LocalError
+
+    told = []
+    for compute in (fail, lambda: lambda: 0):
+        with pytest.raises((RuntimeError, TypeError)) as failed:
+            from_main(compute)
+        told.append(str(failed.value))
+    processes.stop()
+    return told[0], told[1]
+
+
+def test_what_cannot_be_sent_ends_every_rank_and_not_rank_0_alone(ranks: Ranks) -> None:
+    for error, value in ranks(2, unsendable):
+        assert "only rank 0 knows it" in error and "Traceback" in error
+        assert "function can't be sent to other ranks" in value
+
+
 def test_rank_0_computes_for_all(ranks: Ranks) -> None:
     assert ranks(2, main_only, fail=False) == ["by rank 0", "by rank 0"]
     with pytest.raises(RunError, match="rank 0 says no"):
