@@ -70,7 +70,7 @@ def _same_classes(train: Path, val: Path) -> tuple[str, ...]:
     if learnt != judged:
         raise DataError(
             f"{val}: its {len(judged)} classes aren't the {len(learnt)} of {train}; "
-            "index both with the same --classes"
+            "pack or index both with the same --classes"
         )
     return tuple(learnt)
 

@@ -240,7 +240,7 @@ class EvaluatorConfig(Config, ABC):
         if self.needs_labels and first.classes and last.classes and first.classes != last.classes:
             raise DataError(
                 f"{judge}: its {len(last.classes)} classes aren't the {len(first.classes)} of {learn}, which "
-                f"{self.title} learns from; index both with the same --classes"
+                f"{self.title} learns from; pack or index both with the same --classes"
             )
         return list(loaded.values())
 
