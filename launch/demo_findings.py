@@ -17,13 +17,13 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
 from data_pipeline.types import Batch
 from pretrain import encoders, trained
-from pretrain.batch_norm import GroupedBatchNorm
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.evaluators.subject import RawPixels, Subject, mean_over_set
 from pretrain.evaluators.zero_shot import ImageText, ZeroShotConfig
 from pretrain.losses import masked_patch_loss
 from pretrain.objectives.mae import MAE
+from pretrain.parts.batch_norm import GroupedBatchNorm
 from pretrain.trained import Trained
 from pretrain.types import Objective
 

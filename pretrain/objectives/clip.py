@@ -29,12 +29,13 @@ from torch.nn import functional
 
 from configs.errors import ConfigError
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
-from pretrain import collapse, collectives, encoders, losses
-from pretrain.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain import collectives, encoders, losses
 from pretrain.encoders import vit
 from pretrain.encoders.text import TextConfig, TextTower
 from pretrain.optimizers import groups_without_decay
-from pretrain.precision import autocast
+from pretrain.parts import collapse
+from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain.parts.precision import autocast
 from pretrain.types import (
     BuildContext,
     Embeddings,

@@ -29,7 +29,7 @@ from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
 from pretrain import losses
 from pretrain.encoders import vit
 from pretrain.optimizers import without_decay_on_vectors
-from pretrain.precision import autocast
+from pretrain.parts.precision import autocast
 from pretrain.types import BuildContext, LossOutput, Objective, ObjectiveConfig, ParamGroup, Progress
 
 MASK = 1000

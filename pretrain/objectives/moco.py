@@ -29,11 +29,12 @@ from torch.nn import functional
 from configs.errors import ConfigError
 from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, ViewSpec
-from pretrain import collapse, collectives, encoders, heads, losses, teacher
-from pretrain.augmentation import Augmentation
-from pretrain.batch_norm import Spelled, convert, has_batch_norm, parse, require_samples
-from pretrain.precision import autocast
-from pretrain.queue import Queue
+from pretrain import collectives, encoders, losses
+from pretrain.parts import collapse, heads, teacher
+from pretrain.parts.augmentation import Augmentation
+from pretrain.parts.batch_norm import Spelled, convert, has_batch_norm, parse, require_samples
+from pretrain.parts.precision import autocast
+from pretrain.parts.queue import Queue
 from pretrain.types import (
     BuildContext,
     LossOutput,

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.types import Batch, ViewSpec
-from pretrain import collapse, collectives, encoders, heads, losses, teacher
-from pretrain.augmentation import Augmentation
-from pretrain.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain import collectives, encoders, losses
 from pretrain.encoders import vit
-from pretrain.precision import autocast
+from pretrain.parts import collapse, heads, teacher
+from pretrain.parts.augmentation import Augmentation
+from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain.parts.precision import autocast
 from pretrain.types import (
     BuildContext,
     Embeddings,

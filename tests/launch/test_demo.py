@@ -16,8 +16,8 @@ from configs.errors import UserError
 from configs.loading import load
 from launch import demo
 from launch.demo_findings import Findings, Row, see, table
-from pretrain.batch_norm import convert
 from pretrain.config import RunConfig
+from pretrain.parts.batch_norm import convert
 
 FEW = ["train.duration=6 steps", "optimizer.warmup=2 steps", "checkpoint.every=6 steps", "data.workers=0"]
 SMOKE = ("smoke/mae", "smoke/moco", "smoke/clip")

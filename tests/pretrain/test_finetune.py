@@ -17,11 +17,11 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
 from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import encoders, export
-from pretrain.augmentation import Augmentation
 from pretrain.encoders import EncoderConfig
 from pretrain.encoders.finetuning import classifier, layerwise_groups, mixing
 from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy, fine_tune, start_of
 from pretrain.optimizers import OptimizerConfig
+from pretrain.parts.augmentation import Augmentation
 from pretrain.types import Duration
 
 VIT = EncoderConfig(

@@ -19,7 +19,6 @@ from data_pipeline.augment import augmented
 from data_pipeline.manifest import Manifest
 from data_pipeline.types import CenterCrop, RandomResizedCrop, ViewSpec
 from pretrain import collectives
-from pretrain.augmentation import Augmentation
 from pretrain.evaluators import subject as subject_module
 from pretrain.evaluators.effective_rank import EffectiveRankConfig
 from pretrain.evaluators.features import Features, fixed_fifth, standardised
@@ -33,6 +32,7 @@ from pretrain.evaluators.subject import (
     mean_over_set,
     undisturbed,
 )
+from pretrain.parts.augmentation import Augmentation
 
 Ranks = Callable[..., list[Any]]
 VIEW = ViewSpec(size=(32, 32), crop=CenterCrop(1.0), flip=0.0)

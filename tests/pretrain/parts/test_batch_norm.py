@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.errors import ConfigError
-from pretrain import batch_norm
+from pretrain.parts import batch_norm
 
 SHAPES = [(12, 5), (12, 5, 3, 4)]
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.queue import Queue
+from pretrain.parts.queue import Queue
 
 
 @given(st.integers(1, 17), st.lists(st.integers(0, 40), max_size=6))
