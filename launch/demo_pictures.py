@@ -10,8 +10,8 @@ from PIL import Image
 from launch.demo_findings import labelled, subject_of, validation
 from pretrain import trained
 from pretrain.evaluators import sheets
+from pretrain.evaluators.image_text import ImageText
 from pretrain.evaluators.subject import Subject
-from pretrain.evaluators.zero_shot import ImageText
 from pretrain.objectives.mae import MAE
 from pretrain.trained import Trained
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from data_pipeline.manifest import Manifest
 from data_pipeline.read import CAPTION_FIELDS
 from pretrain.evaluators import sheets
+from pretrain.evaluators.image_text import ImageText
 from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
-from pretrain.evaluators.zero_shot import ImageText
 from pretrain.types import Scores
 
 

@@ -29,9 +29,10 @@ from torch.nn import functional
 
 from configs.errors import ConfigError
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
-from pretrain import collectives, encoders, losses
+from pretrain import collectives, encoders
 from pretrain.encoders import vit
 from pretrain.encoders.text import TextConfig, TextTower
+from pretrain.losses import contrastive
 from pretrain.optimizers import groups_without_decay
 from pretrain.parts import collapse
 from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
@@ -152,9 +153,9 @@ class CLIP(WholeBatchObjective):
         first = collectives.rank() * len(images)
         scale, chunk = self.logit_scale.float().exp(), self.config.chunk or len(all_texts)
         if self.config.loss == "sigmoid":
-            loss = losses.sigmoid_pairs(images, all_texts, scale, self.logit_bias, first, chunk)
+            loss = contrastive.sigmoid_pairs(images, all_texts, scale, self.logit_bias, first, chunk)
         else:
-            over_texts, over_own_images = losses.log_sums(images, all_texts, scale, chunk)
+            over_texts, over_own_images = contrastive.log_sums(images, all_texts, scale, chunk)
             over_images = collectives.log_total(over_own_images)[first : first + len(texts)]
             positive = scale * (images * texts).sum(dim=1)
             loss = ((over_texts - positive).mean() + (over_images - positive).mean()) / 2

@@ -29,7 +29,8 @@ from torch.nn import functional
 from configs.errors import ConfigError
 from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, ViewSpec
-from pretrain import collectives, encoders, losses
+from pretrain import collectives, encoders
+from pretrain.losses import contrastive
 from pretrain.parts import collapse, heads, teacher
 from pretrain.parts.augmentation import Augmentation
 from pretrain.parts.batch_norm import Spelled, convert, has_batch_norm, parse, require_samples
@@ -141,7 +142,7 @@ class MoCo(Objective):
         with autocast(batch.views[0].device, self.autocast_dtype):
             query = self.head(encoders.features(self.encoder, batch.views[0]))
         query = functional.normalize(query.float(), dim=1)
-        loss, logits = losses.info_nce_with_queue(
+        loss, logits = contrastive.info_nce_with_queue(
             query, self._keys_of(batch), self.queue.keys.clone(), self.config.temperature
         )
         return LossOutput(loss, self._metrics(query.detach(), logits.detach()))

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.types import Batch, ViewSpec
-from pretrain import collectives, encoders, losses
+from pretrain import collectives, encoders
 from pretrain.encoders import vit
+from pretrain.losses import contrastive
 from pretrain.parts import collapse, heads, teacher
 from pretrain.parts.augmentation import Augmentation
 from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
@@ -132,7 +133,7 @@ class MoCoV3(WholeBatchObjective):
         """2 T times the mean cross entropy of this rank's queries over the keys of all ranks."""
         temperature, first = self.config.temperature, collectives.rank() * len(query)
         all_keys = collectives.gather(key)
-        return 2 * temperature * losses.info_nce(query, all_keys, temperature, first)
+        return 2 * temperature * contrastive.info_nce(query, all_keys, temperature, first)
 
     def momentum_at(self, progress: Progress) -> float:
         return teacher.momentum_at(progress.fraction, self.config.momentum)

@@ -12,8 +12,9 @@ from torch.nn import functional
 
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
-from pretrain import collectives, losses
+from pretrain import collectives
 from pretrain.accumulation import SumOfMicroBatches, WholeShare, accumulate_for
+from pretrain.losses import contrastive
 from pretrain.types import Embeddings, LossOutput, Objective, ParamGroup, Progress, WholeBatchObjective
 
 CLOCK = Progress(step=0, samples=0, total_steps=5, dataset_size=100)
@@ -38,7 +39,7 @@ class Pairs(WholeBatchObjective):
     def loss(self, embeddings: Embeddings, progress: Progress) -> LossOutput:
         first, second = (functional.normalize(self.head(e), dim=1) for e in embeddings)
         everything, start = collectives.gather(second), collectives.rank() * len(first)
-        over_columns, partial = losses.log_sums(first, everything, self.scale.exp(), chunk=3)
+        over_columns, partial = contrastive.log_sums(first, everything, self.scale.exp(), chunk=3)
         over_rows = collectives.gather(partial[None]).logsumexp(0)[start : start + len(first)]
         positive = self.scale.exp() * (first * second).sum(1)
         return LossOutput((over_columns - positive).mean() / 2 + (over_rows - positive).mean() / 2, {})

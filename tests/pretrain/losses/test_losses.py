@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pretrain import losses
+from pretrain.losses import contrastive, reconstruction
 
 Array = npt.NDArray[np.float64]
 
@@ -54,7 +54,7 @@ def test_info_nce_with_queue() -> None:
             total -= all_logits[0] - np.log(np.exp(all_logits).sum())
         return total / len(query)
 
-    check(lambda q: losses.info_nce_with_queue(q, key, queue, 0.07)[0], reference, [query])
+    check(lambda q: contrastive.info_nce_with_queue(q, key, queue, 0.07)[0], reference, [query])
 
 
 def test_info_nce_of_a_part_of_the_batch() -> None:
@@ -66,7 +66,7 @@ def test_info_nce_of_a_part_of_the_batch() -> None:
         own = logits[np.arange(3), np.arange(3) + 4]
         return float((np.log(np.exp(logits).sum(1)) - own).mean())
 
-    check(lambda q, k: losses.info_nce(q, k, 0.2, first=4), reference, [query, keys])
+    check(lambda q, k: contrastive.info_nce(q, k, 0.2, first=4), reference, [query, keys])
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 100])
@@ -75,7 +75,7 @@ def test_log_sums_of_both_directions(chunk: int) -> None:
     images, texts, scale = unit(7, 8, seed=0), unit(7, 8, seed=1), torch.tensor([9.0])
 
     def loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
-        over_texts, over_images = losses.log_sums(images, texts, scale, chunk)
+        over_texts, over_images = contrastive.log_sums(images, texts, scale, chunk)
         positive = scale * (images * texts).sum(1)
         return ((over_texts - positive).mean() + (over_images - positive).mean()) / 2
 
@@ -100,7 +100,7 @@ def test_sigmoid_pairs(chunk: int) -> None:
         return float(np.log1p(np.exp(-sign * logits)).sum() / 3)
 
     check(
-        lambda *inputs: losses.sigmoid_pairs(*inputs, first=4, chunk=chunk),
+        lambda *inputs: contrastive.sigmoid_pairs(*inputs, first=4, chunk=chunk),
         reference,
         [rows, columns, scale, bias],
     )
@@ -108,17 +108,17 @@ def test_sigmoid_pairs(chunk: int) -> None:
 
 def test_logits_stay_fp32_under_autocast() -> None:
     rows, columns, scale = unit(4, 8, seed=0), unit(4, 8, seed=1), torch.tensor([50.0])
-    whole = losses.log_sums(rows, columns, scale)
+    whole = contrastive.log_sums(rows, columns, scale)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = losses.log_sums(rows, columns, scale)
+        half = contrastive.log_sums(rows, columns, scale)
     assert torch.equal(whole[0], half[0]) and half[0].dtype == torch.float32
 
 
 def test_huge_logits_stay_finite() -> None:
     rows = unit(4, 8, seed=0)
-    both = losses.log_sums(rows, -rows, torch.tensor([1e4]))
+    both = contrastive.log_sums(rows, -rows, torch.tensor([1e4]))
     assert all(value.isfinite().all() for value in both)
-    assert losses.sigmoid_pairs(rows, -rows, torch.tensor([1e4]), torch.tensor([0.0]), 0).isfinite()
+    assert contrastive.sigmoid_pairs(rows, -rows, torch.tensor([1e4]), torch.tensor([0.0]), 0).isfinite()
 
 
 def test_masked_patch_loss_counts_hidden_patches_only() -> None:
@@ -127,7 +127,7 @@ def test_masked_patch_loss_counts_hidden_patches_only() -> None:
     want = np.mean(
         [((predicted - target)[b, p].numpy() ** 2).mean() for b, p in [(0, 0), (0, 3), (1, 1), (1, 2)]]
     )
-    assert losses.masked_patch_loss(predicted, target, masked).item() == pytest.approx(want, rel=1e-6)
+    assert reconstruction.masked_patch_loss(predicted, target, masked).item() == pytest.approx(want, rel=1e-6)
 
 
 def test_normalised_patches_use_the_unbiased_variance() -> None:
@@ -135,4 +135,4 @@ def test_normalised_patches_use_the_unbiased_variance() -> None:
     want = (patches.numpy() - patches.numpy().mean(-1, keepdims=True)) / np.sqrt(
         patches.numpy().var(-1, ddof=1, keepdims=True) + 1e-6
     )
-    np.testing.assert_allclose(losses.normalise_patches(patches).numpy(), want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(reconstruction.normalise_patches(patches).numpy(), want, rtol=1e-4, atol=1e-5)

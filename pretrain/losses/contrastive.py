@@ -1,4 +1,4 @@
-"""Losses as pure functions."""
+"""Contrastive losses: rows against their own among others, whole or in tiles that fit a cache."""
 
 from __future__ import annotations
 
@@ -8,25 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-
-def masked_patch_loss(predicted: Tensor, target: Tensor, masked: Tensor) -> Tensor:
-    """Mean squared error per patch, averaged over the masked patches only (MAE, arXiv:2111.06377 §3).
-
-    predicted, target: (B, L, P) float32; masked: (B, L) bool, the same number in every row. Returns ().
-    """
-    error = (predicted - target).square().mean(dim=-1)
-    return (error * masked).sum() / masked.sum()
-
-
-def normalise_patches(patches: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Each patch to zero mean and unit variance over its own pixels: (B, L, P) -> (B, L, P) float32.
-
-    The variance is the unbiased one, as in the official code (models_mae.py `forward_loss`, `target.var`).
-    """
-    patches = patches.float()
-    mean, variance = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
-    return (patches - mean) / (variance + epsilon).sqrt()
 
 
 def info_nce_with_queue(
