@@ -37,9 +37,9 @@ from data_pipeline.types import Batch
 from pretrain import encoders, export
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, weights
-from pretrain.evaluators.subject import evaluation_view
 from pretrain.export_check import TOLERANCE
 from pretrain.export_open import open_timm
+from pretrain.judging.subject import evaluation_view
 from pretrain.types import BuildContext, Objective, Progress
 
 OBJECTIVES = ("moco", "moco_v3", "clip", "siglip", "mae")

@@ -18,10 +18,10 @@ from data_pipeline.subset import write_subset
 from data_pipeline.types import Batch
 from pretrain import encoders, trained
 from pretrain.evaluators.few_shot import FewShotConfig
-from pretrain.evaluators.image_text import ImageText
 from pretrain.evaluators.knn import KNNConfig
-from pretrain.evaluators.subject import RawPixels, Subject, mean_over_set
 from pretrain.evaluators.zero_shot import ZeroShotConfig
+from pretrain.judging.image_text import ImageText
+from pretrain.judging.subject import RawPixels, Subject, mean_over_set
 from pretrain.losses.reconstruction import masked_patch_loss
 from pretrain.objectives.mae import MAE
 from pretrain.parts.batch_norm import GroupedBatchNorm

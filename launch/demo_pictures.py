@@ -9,9 +9,9 @@ from PIL import Image
 
 from launch.demo_findings import labelled, subject_of, validation
 from pretrain import trained
-from pretrain.evaluators import sheets
-from pretrain.evaluators.image_text import ImageText
-from pretrain.evaluators.subject import Subject
+from pretrain.judging import sheets
+from pretrain.judging.image_text import ImageText
+from pretrain.judging.subject import Subject
 from pretrain.objectives.mae import MAE
 from pretrain.trained import Trained
 

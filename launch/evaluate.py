@@ -19,11 +19,11 @@ from configs.loading import load, validate
 from data_pipeline.files import write_whole
 from launch.progress import progress_bar
 from pretrain.config import RunConfig
-from pretrain.evaluate import evaluate as judge
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type, kinds
-from pretrain.evaluators.schedule import jsonable
-from pretrain.evaluators.sheets import image_of
 from pretrain.folder import RunFolder
+from pretrain.judging.evaluate import evaluate as judge
+from pretrain.judging.schedule import jsonable
+from pretrain.judging.sheets import image_of
 from pretrain.types import Scores
 
 MOST_WORKERS = 8

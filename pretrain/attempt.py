@@ -24,16 +24,16 @@ from data_pipeline.transform import device_half
 from pretrain import checkpoint, encoders, tracking, trouble
 from pretrain import start as beginning
 from pretrain.accumulation import accumulate_for
-from pretrain.best import KeepBest
 from pretrain.collectives import Agreement, MeanLater, from_main
 from pretrain.config import RunConfig
 from pretrain.engines import deepspeed, processes
 from pretrain.engines.processes import Processes
-from pretrain.evaluators.schedule import Evaluate, trained_subject
-from pretrain.evaluators.schedule import read as read_evaluations
-from pretrain.evaluators.subject import evaluation_view
 from pretrain.folder import Heartbeat, RunFolder, now
 from pretrain.health import Health, Stopping, StopRequest, TimeLimit, TroubleError, add_range
+from pretrain.judging.best import KeepBest
+from pretrain.judging.schedule import Evaluate, trained_subject
+from pretrain.judging.schedule import read as read_evaluations
+from pretrain.judging.subject import evaluation_view
 from pretrain.plan import Plan
 from pretrain.stragglers import Stragglers
 from pretrain.trainer import Trainer

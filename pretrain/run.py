@@ -15,14 +15,15 @@ from configs import loading
 from configs.errors import RunError
 from data_pipeline.facts import Facts
 from data_pipeline.prepare import make_missing
-from pretrain import best, start
 from pretrain import fork as forks
+from pretrain import start
 from pretrain.attempt import Outside, attempts
 from pretrain.config import RunConfig, refused_changes
 from pretrain.engines import processes
 from pretrain.folder import RunFolder, now, provenance, write_atomically
 from pretrain.fork import Fork
 from pretrain.health import StopRequest
+from pretrain.judging import best
 from pretrain.plan import Plan
 from pretrain.types import StopReason
 

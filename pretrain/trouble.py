@@ -10,9 +10,9 @@ from typing import Any
 
 from pretrain import checkpoint
 from pretrain.engines import storage
-from pretrain.evaluators import schedule
 from pretrain.folder import write_atomically
 from pretrain.health import TroubleError
+from pretrain.judging import schedule
 from pretrain.plan import Plan
 
 FILE = "trouble.jsonl"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject
 from pretrain.types import Scores
 
 

@@ -16,8 +16,8 @@ from torch.nn.functional import normalize
 
 from configs.errors import ConfigError
 from pretrain import collectives
-from pretrain.evaluators.features import Features
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Labels, Subject
+from pretrain.judging.features import Features
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Labels, Subject
 from pretrain.types import Scores
 
 _LEAST = -80.0

@@ -20,9 +20,9 @@ from data_pipeline.captions import places
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import captions_in_order
 from pretrain import collectives
-from pretrain.evaluators.features import require_finite
-from pretrain.evaluators.image_text import image_text, require_tokenizer
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
+from pretrain.judging.features import require_finite
+from pretrain.judging.image_text import image_text, require_tokenizer
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject
 from pretrain.types import Scores
 
 _SIMILARITIES = 2**24

@@ -21,9 +21,9 @@ from data_pipeline.classes import read_classes
 from data_pipeline.hashing import Int64s
 from data_pipeline.manifest import Manifest
 from data_pipeline.types import Batch
-from pretrain.evaluators.features import NotFiniteError
-from pretrain.evaluators.image_text import image_text, text_embeddings
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject, mean_over_set
+from pretrain.judging.features import NotFiniteError
+from pretrain.judging.image_text import image_text, text_embeddings
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject, mean_over_set
 from pretrain.types import Scores
 
 _ILL = "not finite"

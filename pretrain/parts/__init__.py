@@ -1,4 +1,4 @@
-"""What objectives are built from: heads, queues, teachers, batch norm over groups, the device half of augmentation.
+"""What objectives are built from: heads, queues, teachers, grouped batch norm, augmentation on the device.
 
 Here belongs what a second objective uses too and what knows no objective. A loss goes to `losses`, what timm
 builds to `encoders`, a whole method to `objectives`.

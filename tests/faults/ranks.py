@@ -19,10 +19,10 @@ from typing import Any
 from data_pipeline.load import Loader
 from pretrain import checkpoint
 from pretrain.engines import storage
-from pretrain.evaluators import schedule
-from pretrain.evaluators.subject import Subject
 from pretrain.folder import RunFolder
 from pretrain.health import StopRequest
+from pretrain.judging import schedule
+from pretrain.judging.subject import Subject
 from pretrain.run import train
 from pretrain.watch import Watchdog
 

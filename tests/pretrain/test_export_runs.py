@@ -28,8 +28,8 @@ from data_pipeline.types import CenterCrop
 from pretrain import encoders, export, trained
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
-from pretrain.evaluators.schedule import write as record
 from pretrain.export_open import open_timm
+from pretrain.judging.schedule import write as record
 from pretrain.run import prepare
 from pretrain.types import Progress, Scores, Weights
 from tests.places import FullDisk

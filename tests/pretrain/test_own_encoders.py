@@ -22,11 +22,11 @@ from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import encoders, export, start
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, weights
-from pretrain.evaluate import evaluate
 from pretrain.evaluators.knn import KNNConfig
-from pretrain.evaluators.subject import evaluation_view
 from pretrain.export_open import open_timm
 from pretrain.folder import RunFolder
+from pretrain.judging.evaluate import evaluate
+from pretrain.judging.subject import evaluation_view
 from pretrain.plan import Plan
 from pretrain.run import prepare
 from tests.contract.test_objectives import CLOCK, batch_for

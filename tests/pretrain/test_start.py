@@ -13,10 +13,10 @@ from configs.errors import RunError
 from pretrain import checkpoint, encoders
 from pretrain.config import RunConfig
 from pretrain.engines.storage import read_model
-from pretrain.evaluators.subject import evaluation_view
 from pretrain.export import Backbone, write
 from pretrain.folder import RunFolder
 from pretrain.fork import Fork
+from pretrain.judging.subject import evaluation_view
 from pretrain.run import prepare
 from tests.pretrain.test_run import Ranks, config_for, digits, losses, run_on, train_here
 

@@ -17,14 +17,14 @@ from data_pipeline import demo
 from data_pipeline.order import ORDER_VERSION
 from pretrain import checkpoint, trained
 from pretrain.config import RunConfig
-from pretrain.evaluate import evaluate, subject
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.heldout import HeldOutConfig
 from pretrain.evaluators.knn import KNNConfig
-from pretrain.evaluators.schedule import read as read_record
 from pretrain.export import export
 from pretrain.folder import RunFolder
 from pretrain.health import StopRequest
+from pretrain.judging.evaluate import evaluate, subject
+from pretrain.judging.schedule import read as read_record
 from pretrain.run import prepare, train
 from pretrain.tracking import jsonl
 from pretrain.types import Objective

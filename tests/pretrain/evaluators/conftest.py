@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline import demo
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain.evaluators.subject import RawPixels, Subject
+from pretrain.judging.subject import RawPixels, Subject
 
 VIEW = ViewSpec(size=(32, 32), crop=CenterCrop(1.0), flip=0.0)
 

@@ -21,8 +21,8 @@ from data_pipeline.transform import device_half
 from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import collectives, encoders
 from pretrain.encoders import EncoderConfig
-from pretrain.evaluators.subject import Subject
 from pretrain.evaluators.zero_shot import ZeroShotConfig
+from pretrain.judging.subject import Subject
 from pretrain.objectives.clip import CLIP, CLIPConfig
 from pretrain.types import BuildContext
 

@@ -19,9 +19,9 @@ from pretrain.accumulation import accumulate_for
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.engines import deepspeed, processes
-from pretrain.evaluate import evaluate
-from pretrain.evaluators import schedule
 from pretrain.evaluators.zero_shot import ZeroShotConfig
+from pretrain.judging import schedule
+from pretrain.judging.evaluate import evaluate
 from pretrain.run import prepare
 from pretrain.types import BuildContext, Objective, Progress, StepSettings, WholeBatchObjective
 from tests.pretrain.test_run import Ranks, config_for, digits, run_on

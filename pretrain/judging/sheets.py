@@ -17,9 +17,9 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.read import CAPTION_FIELDS, Reader
 from data_pipeline.types import Batch
 from pretrain import encoders
-from pretrain.evaluators.features import Features
-from pretrain.evaluators.image_text import ImageText, text_embeddings
-from pretrain.evaluators.subject import Subject
+from pretrain.judging.features import Features
+from pretrain.judging.image_text import ImageText, text_embeddings
+from pretrain.judging.subject import Subject
 
 _INK, _PAPER, _MARK = (20, 20, 20), (255, 255, 255), (200, 60, 40)
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

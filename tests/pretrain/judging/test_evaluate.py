@@ -9,7 +9,7 @@ import torch
 
 from pretrain import checkpoint
 from pretrain.engines.storage import Reader, read_model
-from pretrain.evaluators import schedule
+from pretrain.judging import schedule
 from tests.pretrain.test_run import Ranks, config_for, digits, losses, run_on
 
 __all__ = ["digits"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from configs.errors import ConfigError
 from data_pipeline.tokenize import Tokenizer
 from pretrain import collectives
-from pretrain.evaluators.features import require_finite
-from pretrain.evaluators.subject import Subject
+from pretrain.judging.features import require_finite
+from pretrain.judging.subject import Subject
 
 
 @runtime_checkable

@@ -16,8 +16,8 @@ from configs.errors import ConfigError
 from data_pipeline.tokenize import Tokenizer
 from data_pipeline.types import ViewSpec
 from pretrain import collectives, encoders
-from pretrain.evaluators.features import NotFiniteError
-from pretrain.evaluators.subject import EvaluatorConfig, Subject
+from pretrain.judging.features import NotFiniteError
+from pretrain.judging.subject import EvaluatorConfig, Subject
 from pretrain.types import Engine, Objective, Progress, Scores, StepReport, StopReason
 
 log = logging.getLogger(__name__)

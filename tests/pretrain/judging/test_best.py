@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from configs.errors import ConfigError
-from pretrain import best, checkpoint
-from pretrain.best import KeepBest
+from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointConfig
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.heldout import HeldOutConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.evaluators.pictures import PicturesConfig
+from pretrain.judging import best
+from pretrain.judging.best import KeepBest
 
 
 @pytest.mark.parametrize("figures", list(itertools.permutations([50.0, math.nan, 70.0, math.nan])))

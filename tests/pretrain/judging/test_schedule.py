@@ -15,11 +15,11 @@ import pytest
 
 from configs.errors import ConfigError
 from pretrain.evaluators import evaluator_config_type, kinds
-from pretrain.evaluators.features import NotFiniteError
 from pretrain.evaluators.heldout import HeldOutConfig
 from pretrain.evaluators.knn import KNNConfig
-from pretrain.evaluators.schedule import Evaluate, read, write
-from pretrain.evaluators.subject import EvaluatorConfig, Subject
+from pretrain.judging.features import NotFiniteError
+from pretrain.judging.schedule import Evaluate, read, write
+from pretrain.judging.subject import EvaluatorConfig, Subject
 from pretrain.types import Duration, Progress, Scores
 
 

@@ -26,7 +26,7 @@ from data_pipeline.tokenize import Tokenizer
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
 from pretrain import collectives
-from pretrain.evaluators.features import Features, fifth_of, fixed_fifth, require_finite
+from pretrain.judging.features import Features, fifth_of, fixed_fifth, require_finite
 from pretrain.types import Duration, Objective, Scores
 
 log = logging.getLogger(__name__)

@@ -19,19 +19,13 @@ from data_pipeline.augment import augmented
 from data_pipeline.manifest import Manifest
 from data_pipeline.types import CenterCrop, RandomResizedCrop, ViewSpec
 from pretrain import collectives
-from pretrain.evaluators import subject as subject_module
 from pretrain.evaluators.effective_rank import EffectiveRankConfig
-from pretrain.evaluators.features import Features, fixed_fifth, standardised
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.evaluators.linear import LinearConfig
-from pretrain.evaluators.subject import (
-    RawPixels,
-    Subject,
-    evaluation_view,
-    mean_over_set,
-    undisturbed,
-)
+from pretrain.judging import subject as subject_module
+from pretrain.judging.features import Features, fixed_fifth, standardised
+from pretrain.judging.subject import RawPixels, Subject, evaluation_view, mean_over_set, undisturbed
 from pretrain.parts.augmentation import Augmentation
 
 Ranks = Callable[..., list[Any]]

@@ -10,8 +10,8 @@ from configs.errors import ConfigError
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointConfig, Checkpointer
 from pretrain.collectives import from_main
-from pretrain.evaluators.schedule import read
-from pretrain.evaluators.subject import EvaluatorConfig
+from pretrain.judging.schedule import read
+from pretrain.judging.subject import EvaluatorConfig
 from pretrain.types import Progress, Scores, StepReport, StopReason
 
 
