@@ -34,11 +34,12 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.loading import load
 from data_pipeline.types import Batch
-from pretrain import encoders, export
+from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, weights
-from pretrain.export_check import TOLERANCE
-from pretrain.export_open import open_timm
+from pretrain.export import timm_folder
+from pretrain.export.check import TOLERANCE
+from pretrain.export.open import open_timm
 from pretrain.judging.subject import evaluation_view
 from pretrain.types import BuildContext, Objective, Progress
 
@@ -207,8 +208,8 @@ def export_cell(config: RunConfig, folder: Path) -> None:
     assert isinstance(size, tuple)
     encoder = step(config).encoder
     view = evaluation_view(config.views(size)[0], config.encoder.crop)
-    backbone = export.Backbone(encoder, config.encoder, view)
-    export.write(backbone, folder)
+    backbone = timm_folder.Backbone(encoder, config.encoder, view)
+    timm_folder.write(backbone, folder)
     images = torch.randn(2, view.channels, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         trained = encoders.features(encoder, images)
@@ -265,16 +266,16 @@ def reopen_all(folders: Sequence[Path]) -> dict[Path, float]:
 
 def in_this_process() -> None:
     """Let `export.write` check an export here, at once; `reopen_all` does it in a fresh process for all."""
-    from pretrain import export_reopen
+    from pretrain.encoders import reopen
 
-    def reopened(folder: Path, images: Tensor, form: export.Format = "timm") -> dict[str, Tensor]:
+    def reopened(folder: Path, images: Tensor, form: timm_folder.Format = "timm") -> dict[str, Tensor]:
         import timm
 
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         with torch.no_grad():
-            return {"features": model(images), "tokens": export_reopen.tokens(model, images)}
+            return {"features": model(images), "tokens": reopen.tokens(model, images)}
 
-    export._reopened = reopened
+    timm_folder._reopened = reopened
 
 
 def run_cell(architecture: Architecture, objective: str, folder: Path) -> dict[str, Any]:

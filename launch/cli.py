@@ -219,15 +219,15 @@ def export(
     licence: Annotated[str, typer.Option(help="of the weights, for the model card")] = "other",
 ) -> None:
     """Write what was trained as a folder; done when a fresh process got the same numbers from it."""
-    from pretrain import export, export_open_clip
+    from pretrain.export import open_clip_folder, timm_folder
 
     if form == ExportFormat.open_clip:
         if weights != ExportWeights.model:
             raise UserError(f"--weights: found {weights.value}; open_clip's pair has one: model")
-        result = export_open_clip.export(run, to, step=step, force=force, licence=licence)
+        result = open_clip_folder.export(run, to, step=step, force=force, licence=licence)
     else:
-        kind: export.Format = "hf" if form == ExportFormat.hf else "timm"
-        result = export.export(
+        kind: timm_folder.Format = "hf" if form == ExportFormat.hf else "timm"
+        result = timm_folder.export(
             run, to, step=step, weights=weights.value, form=kind, force=force, licence=licence
         )
     typer.echo(f"{result.architecture}, {result.parameters / 1e6:.2f} M parameters")

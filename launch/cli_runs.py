@@ -181,7 +181,7 @@ def _rank_line(one: Candidate) -> str:
 
 def _export_winner(found: list[Candidate], metric: str, to: Path, force: bool, as_json: bool) -> None:
     from configs.errors import RunError
-    from pretrain.export import export as write
+    from pretrain.export.timm_folder import export as write
 
     comparable = [one for one in found if one.comparable]
     if not comparable:

@@ -21,7 +21,7 @@ from launch.local import launch
 from launch.progress import progress_bar
 from pretrain import trained
 from pretrain.config import RunConfig
-from pretrain.export import ExportResult, export
+from pretrain.export.timm_folder import ExportResult, export
 from pretrain.folder import RunFolder
 from pretrain.run import prepare
 

@@ -18,8 +18,8 @@ from launch.evaluate import device_named
 from launch.progress import progress_bar
 from pretrain.encoders import registered
 from pretrain.encoders.finetuning import classifier_arguments, reopened
-from pretrain.export import folder_for, save_weights, writing_to
-from pretrain.export_check import largest_difference, require_finite
+from pretrain.export.check import largest_difference, require_finite
+from pretrain.export.timm_folder import folder_for, save_weights, writing_to
 from pretrain.finetune import FineTuneConfig, Start, accuracy, fine_tune
 from pretrain.judging.subject import evaluation_view
 

@@ -33,7 +33,7 @@ from pretrain import encoders, trained
 from pretrain.encoders import EncoderConfig, hub, registered, weights
 from pretrain.encoders.finetuning import classifier, erasing, layerwise_groups, mixing
 from pretrain.evaluators.few_shot import draw_labels
-from pretrain.export_open import open_timm
+from pretrain.export.open import open_timm
 from pretrain.folder import RunFolder
 from pretrain.judging.subject import evaluation_view
 from pretrain.optimizers import OptimizerConfig

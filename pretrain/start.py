@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from configs.errors import ConfigError, RunError
 from data_pipeline.files import write_whole
-from pretrain import checkpoint, collectives, encoders, export_reopen
+from pretrain import checkpoint, collectives, encoders
 from pretrain.collectives import from_main
-from pretrain.encoders import EncoderConfig, registered, weights
+from pretrain.encoders import EncoderConfig, registered, reopen, weights
 from pretrain.encoders.weights import Loaded
 from pretrain.folder import RunFolder
 from pretrain.types import Objective
@@ -97,7 +97,7 @@ def _reopened_otherwise(
     (folder / "config.json").write_text(json.dumps(described))
     inputs, outputs = folder / "inputs.safetensors", folder / "outputs.safetensors"
     save_file({"images": images}, inputs)
-    command = [sys.executable, "-P", export_reopen.__file__, f"local-dir:{folder}", str(inputs), str(outputs)]
+    command = [sys.executable, "-P", reopen.__file__, f"local-dir:{folder}", str(inputs), str(outputs)]
     done = subprocess.run([*command, *modules], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         return (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1][:300]

@@ -12,7 +12,7 @@ import torch
 from data_pipeline.manifest import Manifest
 from data_pipeline.tokenize import open_tokenizer
 from pretrain import encoders, trained
-from pretrain.export_open import open_timm
+from pretrain.export.open import open_timm
 from pretrain.folder import RunFolder
 from pretrain.judging.schedule import refuse_equal_names
 from pretrain.judging.subject import EvaluatorConfig, Subject

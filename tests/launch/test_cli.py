@@ -18,7 +18,7 @@ import pytest
 
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
-from pretrain import export
+from pretrain.export import timm_folder
 from tests.waiting import wait_for
 
 Said = tuple[int, str, str]
@@ -153,11 +153,11 @@ def test_an_export_is_what_was_asked_for(
 ) -> None:
     asked: list[dict[str, Any]] = []
 
-    def made(run: Path, to: Path, **how: Any) -> export.ExportResult:
+    def made(run: Path, to: Path, **how: Any) -> timm_folder.ExportResult:
         asked.append(how)
-        return export.ExportResult(to, "resnet50", 23_508_032, 2e-7)
+        return timm_folder.ExportResult(to, "resnet50", 23_508_032, 2e-7)
 
-    monkeypatch.setattr(export, "export", made)
+    monkeypatch.setattr(timm_folder, "export", made)
     options = ("--weights", "teacher", "--format", "hf", "--step", 7, "--licence", "mit")
     code, out, _ = keel("export", tmp_path, "--to", tmp_path / "out", *options)
     assert code == 0 and "from a hub's cache in a fresh process: largest difference 2.0e-07" in out

@@ -18,7 +18,7 @@ from launch import evaluate as launch_evaluate
 from launch.evaluate import chosen, own_evaluations, save_pictures, show, wanted
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
-from pretrain.export import export
+from pretrain.export.timm_folder import export
 from pretrain.finetune import start_of
 from pretrain.types import Scores
 from tests.places import FullDisk

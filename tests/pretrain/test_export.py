@@ -16,9 +16,10 @@ from torch import Tensor
 from configs.errors import RunError
 from data_pipeline.transform import center_view
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders, export, export_card
+from pretrain import encoders
 from pretrain.encoders import EncoderConfig
-from pretrain.export_check import ExportMismatchError
+from pretrain.export import card, timm_folder
+from pretrain.export.check import ExportMismatchError
 
 timm = pytest.importorskip("timm")
 
@@ -27,7 +28,7 @@ TINY = {"embed_dim": 48, "depth": 2, "num_heads": 4, "patch_size": 8}
 
 def backbone(
     name: str, args: dict[str, Any], size: tuple[int, int] = (32, 32), **config: Any
-) -> export.Backbone:
+) -> timm_folder.Backbone:
     """An encoder whose weights were moved away from their initial values, as training would."""
     chosen = EncoderConfig(name=name, args=args, **config)
     torch.manual_seed(1)
@@ -39,23 +40,23 @@ def backbone(
             if key.endswith("running_mean"):
                 buffer.normal_()
     view = ViewSpec(size=size, crop=CenterCrop(0.9), flip=0.0)
-    return export.Backbone(encoder, chosen, view, export_card.Story({"step": 12}, {}), "apache-2.0")
+    return timm_folder.Backbone(encoder, chosen, view, card.Story({"step": 12}, {}), "apache-2.0")
 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reopens through timm in this process: much quicker, for the cases about what is written."""
 
-    def reopened(folder: Path, images: Tensor, form: export.Format = "timm") -> dict[str, Tensor]:
+    def reopened(folder: Path, images: Tensor, form: timm_folder.Format = "timm") -> dict[str, Tensor]:
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         with torch.no_grad():
             return {"features": model(images), "tokens": model.forward_features(images)}
 
-    monkeypatch.setattr(export, "_reopened", reopened)
+    monkeypatch.setattr(timm_folder, "_reopened", reopened)
 
 
 def test_a_fresh_process_that_knows_no_keel_computes_the_same(tmp_path: Path) -> None:
-    result = export.write(backbone("vit_tiny_patch16_224", TINY, pooling="avg"), tmp_path / "out")
+    result = timm_folder.write(backbone("vit_tiny_patch16_224", TINY, pooling="avg"), tmp_path / "out")
     assert result.max_difference < 1e-5
     assert sorted(p.name for p in result.folder.iterdir()) == [
         "README.md",
@@ -82,7 +83,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.usefixtures("in_process")
 def test_every_architecture_and_pooling_round_trips(case: str, tmp_path: Path) -> None:
-    result = export.write(CASES[case], tmp_path / "out")
+    result = timm_folder.write(CASES[case], tmp_path / "out")
     assert result.max_difference < 1e-5
     assert result.architecture == CASES[case].config.name
 
@@ -92,7 +93,7 @@ def test_preprocessing_is_the_runs_and_not_the_architectures(tmp_path: Path) -> 
     ours = backbone("vit_base_patch16_224", TINY)  # timm's default for this name is mean 0.5, crop 0.9
     own = replace(ours.view, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28), interpolation="bilinear")
     for view in (own, replace(own, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), crop=CenterCrop(1.0))):
-        export.write(replace(ours, view=view), tmp_path / "out", force=True)
+        timm_folder.write(replace(ours, view=view), tmp_path / "out", force=True)
         model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
         found = timm.data.resolve_model_data_config(model)
         assert (tuple(found["mean"]), tuple(found["std"])) == (view.mean, view.std)
@@ -121,7 +122,7 @@ def test_timm_shows_the_backbone_the_same_pixels(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("case", ["mean of patches", "ResNet"])
 @pytest.mark.usefixtures("in_process")
 def test_a_classifier_can_be_put_on_it(case: str, tmp_path: Path) -> None:
-    export.write(CASES[case], tmp_path / "out")
+    timm_folder.write(CASES[case], tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True, num_classes=7).eval()
     trained = CASES[case].encoder.eval()
     images = torch.randn(2, 3, 32, 32)
@@ -137,33 +138,33 @@ def test_a_folder_in_the_way_is_refused_and_kept(tmp_path: Path) -> None:
     (taken / "thesis.txt").write_text("years of work")
     for force in (False, True):
         with pytest.raises(RunError, match="taken: exists"):
-            export.write(CASES["class token"], taken, force=force)
+            timm_folder.write(CASES["class token"], taken, force=force)
     assert [p.name for p in taken.iterdir()] == ["thesis.txt"]
 
 
 def test_what_does_not_verify_is_never_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The classic silent failure: the head count is forgotten, and the folder opens as another network."""
-    right = export.timm_config
+    right = timm_folder.timm_config
     to = tmp_path / "out"
     to.mkdir()
     (to / "config.json").write_text(json.dumps({"keel": {"step": 1}}))
 
-    def forgetful(subject: export.Backbone) -> dict[str, Any]:
+    def forgetful(subject: timm_folder.Backbone) -> dict[str, Any]:
         config = right(subject)
         del config["model_args"]["num_heads"]
         return config
 
-    monkeypatch.setattr(export, "timm_config", forgetful)
+    monkeypatch.setattr(timm_folder, "timm_config", forgetful)
     with pytest.raises(ExportMismatchError, match="outputs differ by"):
-        export.write(CASES["class token"], to, force=True)
+        timm_folder.write(CASES["class token"], to, force=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert [p.name for p in to.iterdir()] == ["config.json"], "the older export was touched"
 
 
 def test_a_network_that_does_not_open_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "timm_config", lambda subject: {"architecture": "no_such_model"})
+    monkeypatch.setattr(timm_folder, "timm_config", lambda subject: {"architecture": "no_such_model"})
     with pytest.raises(ExportMismatchError, match="can't open the export"):
-        export.write(CASES["class token"], tmp_path / "out")
+        timm_folder.write(CASES["class token"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -177,7 +178,7 @@ def test_a_diverged_encoder_is_not_exported(tmp_path: Path, value: float) -> Non
             block.attn.qkv.weight.fill_(value)
             block.mlp.fc1.weight.fill_(value), block.mlp.fc2.weight.fill_(value)
     with pytest.raises(RunError, match="aren't finite numbers: training has diverged; take an earlier"):
-        export.write(subject, tmp_path / "out")
+        timm_folder.write(subject, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -186,7 +187,7 @@ def test_exporting_leaves_the_encoder_as_it_was(tmp_path: Path) -> None:
     subject = backbone("resnet18", {})
     subject.encoder.train()
     before = {name: value.clone() for name, value in subject.encoder.state_dict().items()}
-    export.write(subject, tmp_path / "out")
+    timm_folder.write(subject, tmp_path / "out")
     assert all(module.training for module in subject.encoder.modules())
     for name, value in subject.encoder.state_dict().items():
         assert torch.equal(value, before[name]), name

@@ -6,8 +6,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from pretrain import export_card
-from pretrain.export_card import Card, Story, curve
+from pretrain.export import card
+from pretrain.export.card import Card, Story, curve
 
 
 def heights(picture: Image.Image) -> dict[int, float]:
@@ -39,8 +39,8 @@ def test_one_loss_is_a_dot() -> None:
 
 
 def test_a_card_without_a_story_says_what_it_can() -> None:
-    card = Card("a title", "timm", ("timm",), "mit", "import timm", "a note", 3e-7)
-    text = export_card.text(card, Story({"step": 3, "evaluations": {"knn": {"top1": 99.125}}}, {}))
+    plain = Card("a title", "timm", ("timm",), "mit", "import timm", "a note", 3e-7)
+    text = card.text(plain, Story({"step": 3, "evaluations": {"knn": {"top1": 99.125}}}, {}))
     head = yaml.safe_load(text.split("---")[1])
     assert head == {
         "library_name": "timm",

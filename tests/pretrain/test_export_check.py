@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.errors import RunError
-from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
+from pretrain.export.check import ExportMismatchError, largest_difference, require_finite
 
 GOOD, NEAR = torch.ones(3), torch.ones(3) + 4e-6
 ILL = [torch.tensor([1.0, bad, 1.0]) for bad in (math.nan, math.inf, -math.inf)]

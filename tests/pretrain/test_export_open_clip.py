@@ -15,10 +15,11 @@ import torch
 from configs.errors import RunError
 from configs.loading import load
 from data_pipeline.tokenize import TokenizerConfig
-from pretrain import encoders, export_open_clip, run
+from pretrain import encoders, run
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
-from pretrain.export import ExportMismatchError
+from pretrain.export import open_clip_folder
+from pretrain.export.timm_folder import ExportMismatchError
 from pretrain.folder import RunFolder
 from pretrain.health import StopRequest
 from pretrain.types import BuildContext
@@ -59,17 +60,17 @@ QUICK = ("data.tokenizer.cleaning=clip", "objective.text.activation=quick_gelu")
 )
 def test_embeddings_are_the_same(tmp_path: Path, ranks: Ranks, overrides: tuple[str, ...]) -> None:
     root = trained(ranks, tmp_path / "run", *overrides)
-    result = export_open_clip.export(root, tmp_path / "out")
+    result = open_clip_folder.export(root, tmp_path / "out")
     assert result.max_difference < 1e-5
     compared = importlib.util.find_spec("transformers") is not None
     assert any("wasn't compared" in remark for remark in result.remarks) != compared
     config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
     assert config["preprocess_cfg"]["mean"] == pytest.approx([0.48145466, 0.4578275, 0.40821073])
     with pytest.raises(RunError, match="exists already"):
-        export_open_clip.export(root, tmp_path / "out")
+        open_clip_folder.export(root, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: open_clip" in card and "name: clip" in card.split("```yaml")[1]
-    export_open_clip.export(root, tmp_path / "out", force=True)
+    open_clip_folder.export(root, tmp_path / "out", force=True)
 
 
 TRANSFORMERS = """
@@ -109,29 +110,29 @@ def test_unclean_captions_are_compared_and_what_differs_is_said(
     tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = trained(ranks, tmp_path / "run")
-    result = export_open_clip.export(root, tmp_path / "out")
+    result = open_clip_folder.export(root, tmp_path / "out")
     assert len(result.remarks) == 1, "the comparison was made"
     assert "a red circle &amp;amp; more' and the like get other tokens than in training" in result.remarks[0]
     assert "data.tokenizer.cleaning=clip" in result.remarks[0]
     assert result.remarks[0] in (tmp_path / "out" / "README.md").read_text()
-    monkeypatch.setattr(export_open_clip, "_encoded", lambda trained, **_: torch.ones(12, 24).long())
+    monkeypatch.setattr(open_clip_folder, "_encoded", lambda trained, **_: torch.ones(12, 24).long())
     with pytest.raises(ExportMismatchError, match="tokenizer cuts 'a small red star"):
-        export_open_clip.export(root, tmp_path / "other")
+        open_clip_folder.export(root, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def test_a_comparison_that_was_not_made_is_said(tmp_path: Path) -> None:
     tokenizer = TokenizerConfig(path="openai", context=24)
     run = SimpleNamespace(config=SimpleNamespace(data=SimpleNamespace(tokenizer=tokenizer)))
-    assert export_open_clip._remarks(run, torch.zeros(1)) == ()  # type: ignore[arg-type]
-    (said,) = export_open_clip._remarks(run, None)  # type: ignore[arg-type]
+    assert open_clip_folder._remarks(run, torch.zeros(1)) == ()  # type: ignore[arg-type]
+    (said,) = open_clip_folder._remarks(run, None)  # type: ignore[arg-type]
     assert "wasn't compared" in said and "transformers isn't installed" in said and "extra open-clip" in said
 
 
 def test_towers_of_two_activations_are_a_line(tmp_path: Path, ranks: Ranks) -> None:
     root = trained(ranks, tmp_path / "run", "objective.text.activation=quick_gelu")
     with pytest.raises(RunError, match="its activation is gelu, the text tower's quick_gelu, and open_clip"):
-        export_open_clip.export(root, tmp_path / "out")
+        open_clip_folder.export(root, tmp_path / "out")
 
 
 def test_siglips_tower_goes_over_as_timms() -> None:
@@ -142,19 +143,19 @@ def test_siglips_tower_goes_over_as_timms() -> None:
         pair = config.objective.build(BuildContext(encoder, (224, 224), 10**6, 32, None))
         coloured = SimpleNamespace(grey=False)
         run = SimpleNamespace(config=config, image_size=(224, 224), view=coloured)
-        weights, model = export_open_clip._image_tower(pair, run)  # type: ignore[arg-type]
-        text = export_open_clip._text_config(pair)  # type: ignore[arg-type]
+        weights, model = open_clip_folder._image_tower(pair, run)  # type: ignore[arg-type]
+        text = open_clip_folder._text_config(pair)  # type: ignore[arg-type]
         model.pop("custom_text")
         theirs = open_clip.CLIP(**model, text_cfg=text).visual.state_dict()
     assert {f"visual.{n}": v.shape for n, v in theirs.items()} == {n: v.shape for n, v in weights.items()}
     assert model["vision_cfg"]["timm_pool"] == "map" and model["vision_cfg"]["timm_proj"] == "none"
     small = SimpleNamespace(config=config, image_size=(64, 64), view=coloured)
     with pytest.raises(RunError, match=r"data\.image_size: found \(64, 64\); open_clip makes timm's"):
-        export_open_clip._image_tower(pair, small)  # type: ignore[arg-type]
+        open_clip_folder._image_tower(pair, small)  # type: ignore[arg-type]
 
 
 def test_an_objective_without_text_is_a_line(tmp_path: Path, ranks: Ranks) -> None:
     root = trained(ranks, tmp_path / "run", smoke="mae")
     with pytest.raises(RunError, match="no text tower"):
-        export_open_clip.export(root, tmp_path / "out")
+        open_clip_folder.export(root, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -25,10 +25,11 @@ from configs.loading import load
 from data_pipeline import demo
 from data_pipeline.transform import center_view
 from data_pipeline.types import CenterCrop
-from pretrain import encoders, export, trained
+from pretrain import encoders, trained
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
-from pretrain.export_open import open_timm
+from pretrain.export import timm_folder
+from pretrain.export.open import open_timm
 from pretrain.judging.schedule import write as record
 from pretrain.run import prepare
 from pretrain.types import Progress, Scores, Weights
@@ -122,7 +123,7 @@ class Exports:
         return self.root / "exports" / f"{name} {weights}"
 
 
-def reopened_here(folder: Path, images: Tensor, form: export.Format = "timm") -> dict[str, Tensor]:
+def reopened_here(folder: Path, images: Tensor, form: timm_folder.Format = "timm") -> dict[str, Tensor]:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.no_grad():
         return {"features": model(images), "tokens": model.forward_features(images)}
@@ -135,7 +136,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     digits, names = found.root / "digits", []
     demo.make(demo.DemoConfig(name="digits"), digits)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "_reopened", reopened_here)  # one fresh process for all of them, below
+        patch.setattr(timm_folder, "_reopened", reopened_here)  # one fresh process for all of them, below
         for name, case in CASES.items():
             root = found.run(name)
             short = [
@@ -151,7 +152,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
             prepare(config.model_copy(update={"encoder": case.encoder}), world_size=case.ranks)
             told = ranks(case.ranks, train_and_tell, root=str(root))[0]
             for weights in case.weights:
-                export.export(root, found.folder(name, weights), weights=weights)
+                timm_folder.export(root, found.folder(name, weights), weights=weights)
                 names.append(f"{name} {weights}")
                 found.trained[names[-1]] = told["encoder" if weights == "model" else "teacher_encoder"]
     place = found.root / "exports"
@@ -194,7 +195,7 @@ def test_weights_that_a_run_does_not_keep_are_a_line(
     with pytest.raises(
         RunError, match=rf"mae: has no {weights} weights: mae keeps .*; allowed: --weights model$"
     ):
-        export.export(exports.run("mae"), tmp_path / "out", weights=weights)
+        timm_folder.export(exports.run("mae"), tmp_path / "out", weights=weights)
     assert not list(tmp_path.iterdir())
 
 
@@ -268,7 +269,7 @@ def test_mean_pooling_of_normed_tokens_cannot_be_misread(exports: Exports) -> No
 
 
 def test_a_hub_would_hand_out_the_same(exports: Exports, tmp_path: Path) -> None:
-    result = export.export(exports.run("clip"), tmp_path / "out", form="hf", licence="apache-2.0")
+    result = timm_folder.export(exports.run("clip"), tmp_path / "out", form="hf", licence="apache-2.0")
     assert result.max_difference < 1e-5
     from huggingface_hub import ModelCard
 
@@ -285,13 +286,13 @@ def test_the_card_tells_what_the_weights_are(exports: Exports, tmp_path: Path) -
     record(run / "evaluations.jsonl", Progress(2, 64, 2, 1438), Scores("knn", {"top1": 51.25}))
     record(run / "evaluations.jsonl", Progress(1, 32, 2, 1438), Scores("knn", {"top1": 12.5}))
     model = trained.read(run)
-    backbone = export.Backbone(
+    backbone = timm_folder.Backbone(
         model.encoder, model.config.encoder, model.view,
-        export.Story(model.facts(), model.recipe(), model.losses()),
+        timm_folder.Story(model.facts(), model.recipe(), model.losses()),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(export, "_reopened", reopened_here)
-        export.write(backbone, tmp_path / "out")
+        patch.setattr(timm_folder, "_reopened", reopened_here)
+        timm_folder.write(backbone, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     state = json.loads((run / "run.json").read_text())
     assert f"| data hash | {state['manifest_hash']} |" in card
@@ -331,7 +332,7 @@ def test_a_teachers_card_shows_no_figures_of_the_model(exports: Exports, tmp_pat
 
 def test_an_unknown_step_writes_nothing(exports: Exports, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no checkpoint at step 7; there are: 2"):
-        export.export(exports.run("clip"), tmp_path / "out", step=7)
+        timm_folder.export(exports.run("clip"), tmp_path / "out", step=7)
     assert not list(tmp_path.iterdir())
 
 
@@ -340,7 +341,7 @@ def test_a_place_that_cannot_be_written_is_a_line(exports: Exports, tmp_path: Pa
     with pytest.raises(
         RunError, match=r"file/out: can't be written: .*file is a file; .*choose another folder"
     ):
-        export.export(exports.run("clip"), tmp_path / "file" / "out")
+        timm_folder.export(exports.run("clip"), tmp_path / "file" / "out")
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
@@ -349,7 +350,7 @@ def test_a_disk_that_takes_no_more_leaves_nothing(exports: Exports, tmp_path: Pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
         with pytest.raises(RunError, match=r"out: can't be written: .*File too large.*make room"):
-            export.export(exports.run("clip"), tmp_path / "out")
+            timm_folder.export(exports.run("clip"), tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
@@ -359,18 +360,18 @@ def test_a_disk_that_takes_no_more_leaves_nothing(exports: Exports, tmp_path: Pa
 def test_whatever_call_finds_the_disk_full_an_export_is_whole_or_not_there(
     exports: Exports, tmp_path: Path, older: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "verify", lambda *_: 0.0)  # the fresh process writes nothing
+    monkeypatch.setattr(timm_folder, "verify", lambda *_: 0.0)  # the fresh process writes nothing
     run = exports.run("clip")
 
     def begin(root: Path) -> dict[str, bytes]:
         if older:
-            export.export(run, root / "out")
+            timm_folder.export(run, root / "out")
             (root / "out" / "README.md").write_text("the older one")
         return {path.name: path.read_bytes() for path in root.glob("out/*")}
 
     begin(tmp_path / "whole")
     with FullDisk(tmp_path / "whole") as disk:
-        export.export(run, tmp_path / "whole" / "out", force=older)
+        timm_folder.export(run, tmp_path / "whole" / "out", force=older)
     assert disk.calls > 5
     for at in range(disk.calls):
         root = tmp_path / str(at)
@@ -379,7 +380,7 @@ def test_whatever_call_finds_the_disk_full_an_export_is_whole_or_not_there(
             FullDisk(root, at) as full,
             pytest.raises(RunError, match="can't be written: No space left") as line,
         ):
-            export.export(run, root / "out", force=older)
+            timm_folder.export(run, root / "out", force=older)
         assert str(root) in str(line.value), full.log[at]
         out = root / "out"
         if not out.exists() and older:  # not even the way back was open

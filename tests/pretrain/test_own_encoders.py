@@ -19,11 +19,12 @@ from configs.errors import ConfigError
 from configs.loading import load
 from data_pipeline.augment import denormalised, normalised
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders, export, start
+from pretrain import encoders, start
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, weights
 from pretrain.evaluators.knn import KNNConfig
-from pretrain.export_open import open_timm
+from pretrain.export import timm_folder
+from pretrain.export.open import open_timm
 from pretrain.folder import RunFolder
 from pretrain.judging.evaluate import evaluate
 from pretrain.judging.subject import evaluation_view
@@ -95,7 +96,7 @@ def test_one_channel_from_training_to_the_reopened_export(
         f"evaluate=[{{kind: knn, data: {digits}, k: 5}}]", smoke=smoke,
     )  # fmt: skip
     assert len(run_on(ranks, 1, config)) == 3
-    result = export.export(tmp_path / "run", tmp_path / "export")
+    result = timm_folder.export(tmp_path / "run", tmp_path / "export")
     assert result.max_difference < 1e-5
     encoder, view = open_timm(str(tmp_path / "export"))
     assert view.grey and encoder(torch.randn(2, 1, 32, 32)).shape == (2, 64)
@@ -155,7 +156,9 @@ def test_an_architecture_of_ones_own_is_exported_and_opened(tmp_path: Path, digi
     prepare(config, world_size=1)
     encoder = encoders.build(config.encoder, (32, 32))
     view = evaluation_view(config.views((32, 32))[0])
-    export.write(export.Backbone(encoder, config.encoder, view), tmp_path / "export")  # by a fresh process
+    timm_folder.write(
+        timm_folder.Backbone(encoder, config.encoder, view), tmp_path / "export"
+    )  # by a fresh process
     forget(mylab)
     assert open_timm(str(tmp_path / "export"))[0](torch.randn(2, 3, 20, 20)).shape == (2, 12)
     assert f"import {mylab}" in (tmp_path / "export/README.md").read_text()

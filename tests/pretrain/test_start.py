@@ -13,7 +13,7 @@ from configs.errors import RunError
 from pretrain import checkpoint, encoders
 from pretrain.config import RunConfig
 from pretrain.engines.storage import read_model
-from pretrain.export import Backbone, write
+from pretrain.export.timm_folder import Backbone, write
 from pretrain.folder import RunFolder
 from pretrain.fork import Fork
 from pretrain.judging.subject import evaluation_view

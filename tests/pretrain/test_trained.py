@@ -20,7 +20,7 @@ from pretrain.config import RunConfig
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.heldout import HeldOutConfig
 from pretrain.evaluators.knn import KNNConfig
-from pretrain.export import export
+from pretrain.export.timm_folder import export
 from pretrain.folder import RunFolder
 from pretrain.health import StopRequest
 from pretrain.judging.evaluate import evaluate, subject

@@ -19,7 +19,7 @@ from pretrain.judging import sheets
 from pretrain.judging.subject import Subject
 from pretrain.types import Scores
 from tests.contract.test_objectives import build
-from tests.pretrain.evaluators.conftest import VIEW
+from tests.pretrain.conftest import VIEW
 from tests.pretrain.evaluators.test_zero_shot import clip, shapes, subject
 
 __all__ = ["shapes"]

@@ -28,11 +28,12 @@ from torch.nn import functional
 
 from configs.errors import RunError
 from data_pipeline.tokenize import open_tokenizer
-from pretrain import encoders, export_card
+from pretrain import encoders
 from pretrain.encoders.text import QuickGELU, TextTower
-from pretrain.export import ExportResult, folder_for, require_importable, save_weights, writing_to
-from pretrain.export_card import Card, Story
-from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
+from pretrain.export import card
+from pretrain.export.card import Card, Story
+from pretrain.export.check import ExportMismatchError, largest_difference, require_finite
+from pretrain.export.timm_folder import ExportResult, folder_for, require_importable, save_weights, writing_to
 from pretrain.trained import Trained, read, read_objective
 
 CAPTIONS = (
@@ -58,7 +59,7 @@ class Pair(Protocol):
 def export(
     run: Path, to: Path, *, step: int | None = None, force: bool = False, licence: str = "other"
 ) -> ExportResult:
-    """Export both towers of a run's newest checkpoint, or that at `step`. Raises as `pretrain.export`."""
+    """Export both towers of a run's newest checkpoint, or that at `step`. Raises as `pretrain.export.timm_folder`."""
     require_importable()
     if importlib.util.find_spec("open_clip") is None:
         raise RunError(
@@ -79,7 +80,7 @@ def export(
         remarks = _remarks(trained, tokens)
         with writing_to(to):
             story = Story(trained.facts(), trained.recipe(), trained.losses())
-            export_card.write(_card(trained, difference, remarks, licence), story, folder)
+            card.write(_card(trained, difference, remarks, licence), story, folder)
     count = encoders.parameter_count(objective)
     return ExportResult(to, f"{trained.config.encoder.name} with a text tower", count, difference, remarks)
 

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 
 from configs.errors import RunError
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders, export_card, export_reopen
-from pretrain.encoders import EncoderConfig, registered, torchvision_compat
-from pretrain.export_card import Card, Story
-from pretrain.export_check import ExportMismatchError, largest_difference, require_finite
+from pretrain import encoders
+from pretrain.encoders import EncoderConfig, registered, reopen, torchvision_compat
+from pretrain.export import card
+from pretrain.export.card import Card, Story
+from pretrain.export.check import ExportMismatchError, largest_difference, require_finite
 from pretrain.trained import read
 from pretrain.types import Weights
 
@@ -104,7 +105,7 @@ def write(backbone: Backbone, to: Path, *, form: Format = "timm", force: bool = 
             (partial / "config.json").write_text(json.dumps(timm_config(backbone), indent=2) + "\n")
         difference = verify(backbone, partial, form)
         with writing_to(to):
-            export_card.write(_card(backbone, form, difference), backbone.story, partial)
+            card.write(_card(backbone, form, difference), backbone.story, partial)
     count = encoders.parameter_count(backbone.encoder)
     return ExportResult(to, backbone.config.name, count, difference)
 
@@ -199,7 +200,7 @@ def verify(backbone: Backbone, folder: Path, form: Format = "timm") -> float:
     with torch.no_grad():
         expected = {
             "features": encoders.features(encoder, images),
-            "tokens": export_reopen.tokens(encoder, images),
+            "tokens": reopen.tokens(encoder, images),
         }
     encoder.train(was_training)
     require_finite(dict(encoder.named_parameters()) | expected)
