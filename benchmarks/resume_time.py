@@ -22,7 +22,7 @@ from pathlib import Path
 
 from configs.loading import load
 from pretrain.config import RunConfig
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 from pretrain.run import prepare, train
 
 BOUND, BATCH = 1.2, 100

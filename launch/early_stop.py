@@ -27,7 +27,7 @@ from launch.run_files import read_json, tail
 from launch.run_shapes import count, finite, metrics, number
 
 if TYPE_CHECKING:
-    from pretrain.health import StopRequest
+    from pretrain.health.stopping import StopRequest
 
 SWEEP = "sweep.json"
 """Beside the members: the sweep as it was submitted."""

@@ -1,7 +1,7 @@
 """One rank: `python -m launch.job RUN`, with RANK, WORLD_SIZE and the rest in the environment.
 
 Exit codes: 0 done, 2 the user's input, 3 stopped early with a valid checkpoint, 1 our fault, 4 lost a peer,
-5 hung: see `pretrain.watch`.
+5 hung: see `pretrain.health.watchdog`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from launch.logs import rank_log, redirected, speaking
 from launch.run_files import is_echo
 
 if TYPE_CHECKING:
-    from pretrain.health import StopRequest
+    from pretrain.health.stopping import StopRequest
     from pretrain.types import StopReason
 
 DONE, OUR_FAULT, USERS_INPUT, STOPPED = 0, 1, 2, 3
@@ -69,7 +69,7 @@ def job(root: Path, hung: Callable[[], object] = hang_up, *, last: bool = False)
     with redirected(rank_log(root / "logs", rank), show=rank == 0) as console:
         try:
             from pretrain.folder import RunFolder
-            from pretrain.health import StopRequest
+            from pretrain.health.stopping import StopRequest
             from pretrain.run import train
 
             with (

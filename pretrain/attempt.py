@@ -29,16 +29,17 @@ from pretrain.config import RunConfig
 from pretrain.engines import deepspeed, processes
 from pretrain.engines.processes import Processes
 from pretrain.folder import Heartbeat, RunFolder, now
-from pretrain.health import Health, Stopping, StopRequest, TimeLimit, TroubleError, add_range
+from pretrain.health.health import Health, TroubleError, add_range
+from pretrain.health.stopping import Stopping, StopRequest, TimeLimit
+from pretrain.health.stragglers import Stragglers
+from pretrain.health.watchdog import Watchdog, dump
 from pretrain.judging.best import KeepBest
 from pretrain.judging.schedule import Evaluate, trained_subject
 from pretrain.judging.schedule import read as read_evaluations
 from pretrain.judging.subject import evaluation_view
 from pretrain.plan import Plan
-from pretrain.stragglers import Stragglers
 from pretrain.trainer import Trainer
 from pretrain.types import Engine, Listener, Objective, Progress, Scores, StopReason, WholeBatchObjective
-from pretrain.watch import Watchdog, dump
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pretrain.checkpoint import CheckpointConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.engines.config import Device, EngineConfig, require_devices
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type
-from pretrain.health import HealthConfig
+from pretrain.health.health import HealthConfig
 from pretrain.optimizers import OptimizerConfig
 from pretrain.tracking import TrackConfig
 from pretrain.types import Duration, ObjectiveConfig

@@ -22,7 +22,7 @@ from pretrain.config import RunConfig, refused_changes
 from pretrain.engines import processes
 from pretrain.folder import RunFolder, now, provenance, write_atomically
 from pretrain.fork import Fork
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 from pretrain.judging import best
 from pretrain.plan import Plan
 from pretrain.types import StopReason

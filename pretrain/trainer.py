@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.types import Batch
-from pretrain.health import Health, Stopping
+from pretrain.health.health import Health
+from pretrain.health.stopping import Stopping
 from pretrain.types import (
     BEYOND_STEPS,
     Engine,

@@ -11,7 +11,7 @@ from typing import Any
 from pretrain import checkpoint
 from pretrain.engines import storage
 from pretrain.folder import write_atomically
-from pretrain.health import TroubleError
+from pretrain.health.health import TroubleError
 from pretrain.judging import schedule
 from pretrain.plan import Plan
 

@@ -59,7 +59,7 @@ class Pair(Protocol):
 def export(
     run: Path, to: Path, *, step: int | None = None, force: bool = False, licence: str = "other"
 ) -> ExportResult:
-    """Export both towers of a run's newest checkpoint, or that at `step`. Raises as `pretrain.export.timm_folder`."""
+    """Export both towers of a run's newest checkpoint, or that at `step`. Raises as `timm_folder.export`."""
     require_importable()
     if importlib.util.find_spec("open_clip") is None:
         raise RunError(

@@ -15,7 +15,7 @@ from launch import early_stop
 from launch.early_stop import Rungs, value_at, worse
 from launch.figures import Figures
 from launch.run_files import read_json
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 
 LOSS = EarlyStop(rule="halving", metric="loss", rungs=(0.25, 0.5), reduction=2)
 TOP1 = EarlyStop(rule="median", metric="knn/top1", rungs=(0.5,), least=3)

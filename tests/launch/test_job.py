@@ -16,7 +16,7 @@ import pytest
 from configs.errors import DataError
 from launch.job import MEANING, as_lines, job, listening, lost_a_peer
 from pretrain import run
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pretrain.folder import RunFolder
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 from pretrain.run import train
 from pretrain.trainer import Trainer
 

@@ -21,7 +21,7 @@ from pretrain.config import RunConfig
 from pretrain.engines.deepspeed import DeepSpeedEngine
 from pretrain.folder import RunFolder
 from pretrain.fork import Fork
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 from pretrain.run import prepare, train
 from pretrain.types import LossOutput
 from tests.conftest import Ranks

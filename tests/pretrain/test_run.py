@@ -20,7 +20,7 @@ from data_pipeline.demo import DemoConfig
 from launch.audit import audit_run
 from pretrain.config import RunConfig
 from pretrain.folder import RunFolder
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 from pretrain.run import prepare, train
 
 Ranks = Callable[..., list[Any]]

@@ -22,7 +22,7 @@ from pretrain.evaluators.heldout import HeldOutConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.export.timm_folder import export
 from pretrain.folder import RunFolder
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 from pretrain.judging.evaluate import evaluate, subject
 from pretrain.judging.schedule import read as read_record
 from pretrain.run import prepare, train

@@ -9,7 +9,8 @@ import torch
 
 from data_pipeline.types import Batch
 from pretrain.accumulation import SumOfMicroBatches
-from pretrain.health import Health, HealthConfig, Stopping, StopRequest, TroubleError
+from pretrain.health.health import Health, HealthConfig, TroubleError
+from pretrain.health.stopping import Stopping, StopRequest
 from pretrain.trainer import Trainer
 from pretrain.types import Duration, LossOutput, Progress, StepReport, StepSettings, StopReason, Update
 

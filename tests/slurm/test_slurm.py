@@ -25,7 +25,7 @@ from launch.registry import look
 from launch.submission import Submission
 from pretrain.config import RunConfig
 from pretrain.folder import RunFolder
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 from pretrain.run import prepare, train
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.site import Site

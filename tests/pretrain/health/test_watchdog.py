@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.health import HealthConfig
+from pretrain.health.health import HealthConfig
+from pretrain.health.watchdog import WARM_UP, Watchdog, dump
 from pretrain.types import BEYOND_STEPS
-from pretrain.watch import WARM_UP, Watchdog, dump
 
 
 class Clock:

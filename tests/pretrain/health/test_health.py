@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pretrain.collectives import MeanLater
-from pretrain.health import Health, HealthConfig, Stopping, StopRequest, TimeLimit, TroubleError, add_range
+from pretrain.health.health import Health, HealthConfig, TroubleError, add_range
+from pretrain.health.stopping import Stopping, StopRequest, TimeLimit
 from pretrain.types import Duration, LossOutput, Progress, StepReport, StepSettings, StopReason
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pretrain.engines import processes
-from pretrain.stragglers import Stragglers
+from pretrain.health.stragglers import Stragglers
 from pretrain.types import LossOutput, Progress, StepReport, StepSettings
 from tests.conftest import Ranks
 
@@ -29,7 +29,7 @@ def four_ranks(root: str) -> tuple[list[dict[str, float]], list[str]]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("pretrain.stragglers").addHandler(handler)
+    logging.getLogger("pretrain.health.health.stragglers").addHandler(handler)
     each = Stragglers(2, Path(root), lambda progress, figures: told.append(dict(figures)))
     waited = 0.5 if here.rank == 2 else 0.1
     for step in range(1, 6):

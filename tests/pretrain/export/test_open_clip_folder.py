@@ -21,7 +21,7 @@ from pretrain.encoders import EncoderConfig
 from pretrain.export import open_clip_folder
 from pretrain.export.timm_folder import ExportMismatchError
 from pretrain.folder import RunFolder
-from pretrain.health import StopRequest
+from pretrain.health.stopping import StopRequest
 from pretrain.types import BuildContext
 from tests.conftest import Ranks
 

@@ -20,7 +20,7 @@ from typing import Self
 
 import torch
 
-from pretrain.health import HealthConfig
+from pretrain.health.health import HealthConfig
 from pretrain.types import BEYOND_STEPS
 
 WARM_UP = 5
