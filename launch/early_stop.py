@@ -85,7 +85,7 @@ class Rungs:
 
     def stops(self) -> bool:
         """Decide the rungs that are behind this run and still open; whether it is to stop at one of them."""
-        from pretrain.folder import write_atomically
+        from data_pipeline.files import write_atomically
 
         run, rule = self.run, self.rule
         decided = decisions(run / DECISIONS)

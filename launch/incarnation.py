@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+from data_pipeline.files import write_atomically
 from launch.job import LOST_PEER
 from launch.run_files import read_json
 from launch.run_shapes import count
-from pretrain.folder import write_atomically
 
 FILE = "incarnation.json"
 POLL = 2.0

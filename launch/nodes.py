@@ -11,9 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_atomically
 from launch.run_files import read_json
 from launch.run_shapes import Row, count, number, run_state
-from pretrain.folder import write_atomically
 
 FILE = "nodes.json"
 BROKEN = {"DOWN", "DRAIN", "DRAINED", "DRAINING", "FAIL", "FAILING", "NOT_RESPONDING"}

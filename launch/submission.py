@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from configs.errors import RunError
+from data_pipeline.files import write_atomically
 from launch.places import writing
 from launch.run_shapes import submission
-from pretrain.folder import now, write_atomically
+from pretrain.folder import now
 
 FILE = "slurm.json"
 

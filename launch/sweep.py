@@ -14,6 +14,7 @@ from pathlib import Path
 from configs.errors import ConfigError, RunError, UserError
 from configs.loading import leaves, load
 from configs.sweep import Member, SweepConfig, members
+from data_pipeline.files import write_atomically
 from launch.cluster import ClusterConfig
 from launch.early_stop import SWEEP
 from launch.figures import of_training
@@ -23,7 +24,6 @@ from launch.registry import Run, look
 from launch.same_sweep import recorded, require_distinct, require_same
 from launch.submit import dry_run, submit
 from pretrain.config import RunConfig
-from pretrain.folder import write_atomically
 from pretrain.run import prepare
 
 Say = Callable[[str], None]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import RunError
-from data_pipeline.files import write_whole
+from data_pipeline.files import of_file, write_atomically, write_whole
 from data_pipeline.locks import locked
 from pretrain.types import Progress, StepReport, StopReason
 
@@ -174,7 +174,7 @@ class RunFolder:
             try:
                 file.flush()
             except OSError as error:
-                raise _of(self.root / ".lock", error) from error
+                raise of_file(self.root / ".lock", error) from error
             yield
 
 
@@ -219,24 +219,6 @@ class Heartbeat:
 def now() -> str:
     """UTC, to the second, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a part.
-
-    Raises OSError with the file's name; then nothing is left beside it.
-    """
-    if not path.parent.is_dir():  # a run whose folder was removed meanwhile isn't to make it again
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    try:
-        write_whole(path, text.encode())
-    except OSError as error:
-        raise _of(path, error) from error
-
-
-def _of(path: Path, error: OSError) -> OSError:
-    """The same error, saying whose it is: a write that fails doesn't."""
-    return OSError(error.errno, error.strerror, str(path))
 
 
 def provenance() -> dict[str, Any]:

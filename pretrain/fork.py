@@ -21,11 +21,12 @@ from typing import Any
 
 from configs import loading
 from configs.errors import RunError
+from data_pipeline.files import write_atomically
 from data_pipeline.order import ORDER_VERSION
 from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.engines import storage
-from pretrain.folder import RunFolder, write_atomically
+from pretrain.folder import RunFolder
 from pretrain.plan import Plan
 from pretrain.types import Objective, Progress
 

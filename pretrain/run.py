@@ -14,13 +14,14 @@ import torch
 from configs import loading
 from configs.errors import RunError
 from data_pipeline.facts import Facts
+from data_pipeline.files import write_atomically
 from data_pipeline.prepare import make_missing
 from pretrain import fork as forks
 from pretrain import start
 from pretrain.attempt import Outside, attempts
 from pretrain.config import RunConfig, refused_changes
 from pretrain.engines import processes
-from pretrain.folder import RunFolder, now, provenance, write_atomically
+from pretrain.folder import RunFolder, now, provenance
 from pretrain.fork import Fork
 from pretrain.health.stopping import StopRequest
 from pretrain.judging import best

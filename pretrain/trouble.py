@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files import write_atomically
 from pretrain import checkpoint
 from pretrain.engines import storage
-from pretrain.folder import write_atomically
 from pretrain.health.health import TroubleError
 from pretrain.judging import schedule
 from pretrain.plan import Plan

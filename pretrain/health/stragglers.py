@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data_pipeline.files import write_atomically
 from pretrain import collectives
-from pretrain.folder import write_atomically
 from pretrain.types import Progress, StepReport, StopReason
 
 log = logging.getLogger(__name__)

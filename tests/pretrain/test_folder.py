@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import RunError
-from pretrain.folder import Heartbeat, RunFolder, write_atomically
+from data_pipeline.files import write_atomically
+from pretrain.folder import Heartbeat, RunFolder
 from pretrain.types import Progress
 from tests.waiting import wait_for
 

@@ -18,10 +18,11 @@ from configs.errors import RunError, UserError, fault_of_place
 from configs.loading import load
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
+from data_pipeline.files import write_atomically
 from data_pipeline.quarantine import Broken, Quarantine
 from launch.cli import main
 from pretrain.config import RunConfig
-from pretrain.folder import Heartbeat, RunFolder, write_atomically
+from pretrain.folder import Heartbeat, RunFolder
 from pretrain.run import prepare
 from pretrain.tracking.jsonl import Jsonl, rows
 from pretrain.types import Progress
