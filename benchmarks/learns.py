@@ -24,13 +24,13 @@ from configs.loading import load
 from launch.demo import own_settings
 from launch.demo_findings import Findings, Row, judge, labelled, table, validation
 from launch.local import launch
-from pretrain import trained
 from pretrain.config import RunConfig
 from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy
 from pretrain.optimizers import OptimizerConfig
 from pretrain.parts.augmentation import Augmentation
-from pretrain.run import prepare
-from pretrain.trained import Trained
+from pretrain.run import trained
+from pretrain.run.main import prepare
+from pretrain.run.trained import Trained
 from pretrain.types import Duration
 
 SHOTS = 10

@@ -97,8 +97,8 @@ def train(
     from launch.local import launch
     from launch.progress import progress_bar
     from pretrain.config import RunConfig
-    from pretrain.fork import Fork
-    from pretrain.run import prepare
+    from pretrain.run.fork import Fork
+    from pretrain.run.main import prepare
 
     if fork is None and (step is not None or anew):
         raise UserError("--step and --anew belong to --fork RUN")

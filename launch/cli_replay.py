@@ -23,7 +23,7 @@ def replay(
     from dataclasses import asdict
 
     from launch.progress import progress_bar
-    from pretrain import replay
+    from pretrain.run import replay
 
     found = []
     with progress_bar("steps before") as progress:
@@ -37,7 +37,7 @@ def replay(
 
 def lines(told: object) -> list[str]:
     """A replayed batch as it is shown."""
-    from pretrain.replay import Replayed
+    from pretrain.run.replay import Replayed
 
     assert isinstance(told, Replayed)
     fate = "applied" if told.applied else "not finite, not applied"

@@ -30,7 +30,7 @@ def submit(
     from launch.cluster import load_cluster
     from launch.progress import progress_bar
     from pretrain.config import RunConfig
-    from pretrain.run import prepare
+    from pretrain.run.main import prepare
 
     given = overrides or []
     where = load_cluster(cluster, [text.removeprefix("+") for text in given if text.startswith("+")])

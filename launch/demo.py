@@ -19,11 +19,11 @@ from launch.demo_findings import NAMES, Findings, judge, table
 from launch.demo_pictures import draw
 from launch.local import launch
 from launch.progress import progress_bar
-from pretrain import trained
 from pretrain.config import RunConfig
 from pretrain.export.timm_folder import ExportResult, export
-from pretrain.folder import RunFolder
-from pretrain.run import prepare
+from pretrain.run import trained
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import prepare
 
 CONFIGS = ("demo/mae", "demo/moco", "demo/clip")
 

@@ -16,7 +16,7 @@ from data_pipeline.facts import facts_of
 from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
 from data_pipeline.types import Batch
-from pretrain import encoders, trained
+from pretrain import encoders
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.evaluators.zero_shot import ZeroShotConfig
@@ -25,7 +25,8 @@ from pretrain.judging.subject import RawPixels, Subject, mean_over_set
 from pretrain.losses.reconstruction import masked_patch_loss
 from pretrain.objectives.mae import MAE
 from pretrain.parts.batch_norm import GroupedBatchNorm
-from pretrain.trained import Trained
+from pretrain.run import trained
+from pretrain.run.trained import Trained
 from pretrain.types import Objective
 
 CPU = torch.device("cpu")

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from launch.demo_findings import labelled, subject_of, validation
-from pretrain import trained
 from pretrain.judging import sheets
 from pretrain.judging.image_text import ImageText
 from pretrain.judging.subject import Subject
 from pretrain.objectives.mae import MAE
-from pretrain.trained import Trained
+from pretrain.run import trained
+from pretrain.run.trained import Trained
 
 
 def draw(model: Trained, directory: Path) -> Path:

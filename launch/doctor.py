@@ -31,11 +31,11 @@ from launch.cluster import ClusterConfig
 from launch.network import interfaces
 from launch.registry import look
 from launch.run_files import tail
-from pretrain import start, trained
 from pretrain.config import RunConfig, refused_changes
 from pretrain.encoders import torchvision_compat
 from pretrain.engines.processes import MemoryEstimate, memory_estimate
-from pretrain.plan import Plan
+from pretrain.run import starting_weights, trained
+from pretrain.run.plan import Plan
 from pretrain.tracking.wandb import has_key
 
 SHARDS, SAMPLES = 64, 16
@@ -235,7 +235,7 @@ def _weights(patient: Patient) -> Iterator[Check]:
     if (root / "config.yaml").is_file():
         yield Check("weights", "pass", f"{encoder.weights}: the run has begun, and they aren't read again")
         return
-    opened = start.opened(encoder, trained.image_size(patient.config))
+    opened = starting_weights.opened(encoder, trained.image_size(patient.config))
     assert opened is not None
     yield Check("weights", "pass", f"{encoder.weights}: {opened[1]}")
 

@@ -20,10 +20,11 @@ from data_pipeline.files import write_whole
 from launch.progress import progress_bar
 from pretrain.config import RunConfig
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type, kinds
-from pretrain.folder import RunFolder
+from pretrain.export.subject import opener
 from pretrain.judging.evaluate import evaluate as judge
 from pretrain.judging.schedule import jsonable
 from pretrain.judging.sheets import image_of
+from pretrain.run.folder import RunFolder
 from pretrain.types import Scores
 
 MOST_WORKERS = 8
@@ -49,7 +50,7 @@ def evaluate(
     for number, source in enumerate(sources):
         with progress_bar(f"encoding {source}" if number else "encoding") as progress:
             found[source] = judge(
-                source, evaluations, step=None if number else step, device=where, workers=workers,
+                opener(source, step=None if number else step), evaluations, device=where, workers=workers,
                 progress=progress,
             )  # fmt: skip
     return found

@@ -68,9 +68,9 @@ def job(root: Path, hung: Callable[[], object] = hang_up, *, last: bool = False)
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     with redirected(rank_log(root / "logs", rank), show=rank == 0) as console:
         try:
-            from pretrain.folder import RunFolder
             from pretrain.health.stopping import StopRequest
-            from pretrain.run import train
+            from pretrain.run.folder import RunFolder
+            from pretrain.run.main import train
 
             with (
                 speaking(),

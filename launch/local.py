@@ -27,7 +27,7 @@ from launch.logs import rank_log
 
 if TYPE_CHECKING:
     from pretrain.config import RunSection
-    from pretrain.folder import RunFolder
+    from pretrain.run.folder import RunFolder
 
 GRACE = 3.0
 """Seconds that the other ranks have to say what they saw after one has failed."""

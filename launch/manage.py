@@ -150,7 +150,7 @@ def resume(
     from launch.cluster import ClusterConfig, load_cluster
     from launch.submission import Submission
     from launch.submit import submit
-    from pretrain.folder import RunFolder
+    from pretrain.run.folder import RunFolder
 
     given = load_cluster(cluster) if cluster else None
     groups: dict[str, tuple[ClusterConfig, list[Path]]] = {}

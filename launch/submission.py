@@ -12,7 +12,7 @@ from configs.errors import RunError
 from data_pipeline.files import write_atomically
 from launch.places import writing
 from launch.run_shapes import submission
-from pretrain.folder import now
+from pretrain.run.folder import now
 
 FILE = "slurm.json"
 

@@ -16,7 +16,7 @@ from launch.queue import Site
 from launch.registry import look
 from launch.submission import Submission
 from launch.task import Train
-from pretrain.folder import now
+from pretrain.run.folder import now
 
 
 def submit(folders: Sequence[Path], cluster: ClusterConfig, *, parallel: int | None = None) -> list[str]:

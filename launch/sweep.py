@@ -24,7 +24,7 @@ from launch.registry import Run, look
 from launch.same_sweep import recorded, require_distinct, require_same
 from launch.submit import dry_run, submit
 from pretrain.config import RunConfig
-from pretrain.run import prepare
+from pretrain.run.main import prepare
 
 Say = Callable[[str], None]
 
@@ -135,7 +135,7 @@ def _refuse_impossible_rule(sweep: SweepConfig, configs: Sequence[RunConfig]) ->
 def require_fitting(planned: Sequence[Planned], ranks: int, gpu: bool | None = None) -> None:
     """Refuse members that can't run on `ranks`, with GPUs or without, before any is made.
 
-    `gpu`: see `pretrain.run.prepare`. Raises `UserError`.
+    `gpu`: see `pretrain.run.main.prepare`. Raises `UserError`.
     """
     for one in planned:
         if one.due:

@@ -111,7 +111,7 @@ class Train:
 
     def _prepare(self, root: Path, here: slurm.Place) -> None:
         """What one rank does for all before training: the time that is left, and nodes that fail."""
-        from pretrain.attempt import JOB_ENDS
+        from pretrain.run.attempt import JOB_ENDS
 
         if (left := queue.time_left(here.job)) is not None:
             os.environ[JOB_ENDS] = str(time.time() + left)

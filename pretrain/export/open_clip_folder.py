@@ -34,7 +34,7 @@ from pretrain.export import card
 from pretrain.export.card import Card, Story
 from pretrain.export.check import ExportMismatchError, largest_difference, require_finite
 from pretrain.export.timm_folder import ExportResult, folder_for, require_importable, save_weights, writing_to
-from pretrain.trained import Trained, read, read_objective
+from pretrain.run.trained import Trained, read, read_objective
 
 CAPTIONS = (
     "a small red star at the top left", "Two dogs, one cat!", "it's 3.5 °C — naïve café", "赤い円 😀",

@@ -39,7 +39,7 @@ from pretrain.encoders import EncoderConfig, registered, reopen, torchvision_com
 from pretrain.export import card
 from pretrain.export.card import Card, Story
 from pretrain.export.check import ExportMismatchError, largest_difference, require_finite
-from pretrain.trained import read
+from pretrain.run.trained import read
 from pretrain.types import Weights
 
 Format = Literal["timm", "hf"]

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 
 import torch
 
 from data_pipeline.manifest import Manifest
-from data_pipeline.tokenize import open_tokenizer
-from pretrain import encoders, trained
-from pretrain.export.open import open_timm
-from pretrain.folder import RunFolder
 from pretrain.judging.schedule import refuse_equal_names
 from pretrain.judging.subject import EvaluatorConfig, Subject
 from pretrain.types import Scores
@@ -23,19 +17,18 @@ Progress = Callable[[int, int], None]
 
 
 def evaluate(
-    source: str,
+    opened: Callable[[torch.device], Subject],
     evaluations: Sequence[EvaluatorConfig],
     *,
-    step: int | None = None,
     device: torch.device | None = None,
     batch_size: int = 256,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> list[Scores]:
-    """The scores of a run folder (newest checkpoint, or that at `step`), an exported folder or a timm name.
+    """The scores of what `opened` gives: see `export.subject`.
 
     A run and its export score alike: both are shown images the same way and pool their tokens the same way.
-    Raises `UserError`.
+    What the evaluations can't do is refused before anything is opened. Raises `UserError`.
     """
     refuse_equal_names(evaluations)
     for evaluation in evaluations:
@@ -49,30 +42,8 @@ def evaluate(
             progress(done, max(total, done))
 
     where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    judged = subject(source, step=step, device=where)
-    judged = replace(judged, batch_size=batch_size, workers=workers, advance=advance)
+    judged = replace(opened(where), batch_size=batch_size, workers=workers, advance=advance)
     return [evaluation.build()(judged) for evaluation in evaluations]
-
-
-def subject(source: str, *, step: int | None = None, device: torch.device) -> Subject:
-    """A model as evaluators see it. A run brings its objective along where its data are at hand."""
-    if not RunFolder(Path(source)).exists():
-        encoder, view = open_timm(source)
-        encoder.to(device)
-        return Subject(encoder, encoder, view, device)
-    model = trained.read(Path(source), step)
-    manifest = model.config.data.manifest
-    if manifest is None or manifest.is_file():
-        objective = trained.read_objective(model).to(device)
-        encoder = objective.encoder
-    else:
-        objective, encoder = None, model.encoder.to(device)
-    encode = partial(encoders.features, encoder)
-    tokenizer = model.config.data.tokenizer
-    return Subject(
-        encoder, encode, model.view, device, objective,
-        tokenizer=open_tokenizer(tokenizer) if tokenizer and objective else None,
-    )  # fmt: skip
 
 
 def _samples(evaluations: Sequence[EvaluatorConfig]) -> int:

@@ -175,7 +175,7 @@ def draws(directory: str) -> tuple[list[float], list[float]]:
 
 def test_who_a_run_is_survives(tmp_path: Path) -> None:
     """Its id, which trackers go by, is in run.json and made once."""
-    from pretrain.folder import RunFolder
+    from pretrain.run.folder import RunFolder
 
     folder = RunFolder(tmp_path / "run")
     folder.create()

@@ -180,7 +180,7 @@ def test_our_own_mistake_keeps_its_traceback(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr("pretrain.run.prepare", broken)
+    monkeypatch.setattr("pretrain.run.main.prepare", broken)
     code, _, err = keel("train", "smoke/mae", f"run.dir={tmp_path / 'run'}")
     assert code == 1
     assert err.startswith("Traceback")

@@ -22,7 +22,7 @@ from pretrain.export.timm_folder import export
 from pretrain.finetune import start_of
 from pretrain.types import Scores
 from tests.places import FullDisk
-from tests.pretrain.test_run import config_for, run_on
+from tests.pretrain.run.test_main import config_for, run_on
 
 Said = tuple[int, str, str]
 Keel = Callable[..., Said]
@@ -76,6 +76,7 @@ def test_device_and_workers_reach_every_source(monkeypatch: pytest.MonkeyPatch, 
         told.append((source, (str(options["device"]), options["workers"])))
         return []
 
+    monkeypatch.setattr(launch_evaluate, "opener", lambda source, step: source)
     monkeypatch.setattr(launch_evaluate, "judge", judge)
     launch_evaluate.evaluate(["a", "b"], [], device="cpu", workers=3)
     assert told == [("a", ("cpu", 3)), ("b", ("cpu", 3))]

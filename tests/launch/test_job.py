@@ -15,8 +15,8 @@ import pytest
 
 from configs.errors import DataError
 from launch.job import MEANING, as_lines, job, listening, lost_a_peer
-from pretrain import run
 from pretrain.health.stopping import StopRequest
+from pretrain.run import main
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Callable
     """Call `job` with `train` replaced by a function of the stop request."""
 
     def call(body: Callable[[StopRequest], Any]) -> int:
-        monkeypatch.setattr(run, "train", lambda folder, stop, console, **outside: body(stop))
+        monkeypatch.setattr(main, "train", lambda folder, stop, console, **outside: body(stop))
         return job(tmp_path).code
 
     return call

@@ -16,7 +16,7 @@ from configs.loading import dump, load
 from launch import local
 from launch.local import supervise
 from pretrain.config import RunConfig, RunSection
-from pretrain.folder import RunFolder
+from pretrain.run.folder import RunFolder
 from tests.waiting import wait_for
 
 PREAMBLE = """

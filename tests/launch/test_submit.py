@@ -22,7 +22,7 @@ from launch.cluster import ClusterConfig
 from launch.job import DONE, LOST_PEER, OUR_FAULT, STOPPED, USERS_INPUT, Outcome
 from launch.registry import look
 from launch.submission import Submission
-from pretrain.folder import RunFolder, now
+from pretrain.run.folder import RunFolder, now
 from tests.slurm.cluster import until
 
 Ranks = Callable[..., list[Any]]

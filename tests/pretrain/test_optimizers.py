@@ -12,7 +12,7 @@ from torch import nn
 from configs.errors import ConfigError
 from pretrain.optimizers import LARS, OptimizerConfig
 from pretrain.types import ParamGroup, Progress
-from tests.pretrain.test_run import Ranks, config_for, digits, run_on
+from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
 
 __all__ = ["digits"]
 

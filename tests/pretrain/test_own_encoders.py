@@ -19,19 +19,21 @@ from configs.errors import ConfigError
 from configs.loading import load
 from data_pipeline.augment import denormalised, normalised
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders, start
+from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, weights
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.export import timm_folder
 from pretrain.export.open import open_timm
-from pretrain.folder import RunFolder
+from pretrain.export.subject import opener
 from pretrain.judging.evaluate import evaluate
 from pretrain.judging.subject import evaluation_view
-from pretrain.plan import Plan
-from pretrain.run import prepare
+from pretrain.run import starting_weights
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import prepare
+from pretrain.run.plan import Plan
 from tests.contract.test_objectives import CLOCK, batch_for
-from tests.pretrain.test_run import Ranks, config_for, digits, run_on
+from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
 
 __all__ = ["digits"]
 
@@ -102,7 +104,7 @@ def test_one_channel_from_training_to_the_reopened_export(
     assert view.grey and encoder(torch.randn(2, 1, 32, 32)).shape == (2, 64)
     assert 'convert("L")' in (tmp_path / "export/README.md").read_text()
     judge = [KNNConfig(kind="knn", data=digits, k=5)]
-    run, exported = (evaluate(str(tmp_path / name), judge)[0].values for name in ("run", "export"))
+    run, exported = (evaluate(opener(str(tmp_path / name)), judge)[0].values for name in ("run", "export"))
     assert run == exported
 
 
@@ -259,5 +261,5 @@ def test_chance_that_belongs_to_ranks_is_said_where_it_is_used(
     for rate in (0.0, 0.1):
         config = config_for(tmp_path / "run", digits, f"encoder.args.drop_path_rate={rate}")
         caplog.clear()
-        start.begin(Plan.of(config).objective(), RunFolder(tmp_path / "run"), config.encoder)
+        starting_weights.begin(Plan.of(config).objective(), RunFolder(tmp_path / "run"), config.encoder)
         assert ("drop path (up to 0.1): drawn by each rank" in caplog.text) == bool(rate)

@@ -24,9 +24,9 @@ from launch.cluster import ClusterConfig, load_cluster
 from launch.registry import look
 from launch.submission import Submission
 from pretrain.config import RunConfig
-from pretrain.folder import RunFolder
 from pretrain.health.stopping import StopRequest
-from pretrain.run import prepare, train
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import prepare, train
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.site import Site
 from tests.wandb_files import rows_of

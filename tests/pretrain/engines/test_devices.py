@@ -14,7 +14,7 @@ from launch import demo, local
 from pretrain.config import RunConfig, refused_changes
 from pretrain.engines import processes
 from pretrain.engines.config import EngineConfig, on_gpu, require_devices
-from pretrain.run import prepare
+from pretrain.run.main import prepare
 
 
 @pytest.fixture

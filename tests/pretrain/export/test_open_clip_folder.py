@@ -15,13 +15,14 @@ import torch
 from configs.errors import RunError
 from configs.loading import load
 from data_pipeline.tokenize import TokenizerConfig
-from pretrain import encoders, run
+from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.export import open_clip_folder
 from pretrain.export.timm_folder import ExportMismatchError
-from pretrain.folder import RunFolder
 from pretrain.health.stopping import StopRequest
+from pretrain.run import main
+from pretrain.run.folder import RunFolder
 from pretrain.types import BuildContext
 from tests.conftest import Ranks
 
@@ -30,7 +31,7 @@ RESNET = ("encoder.name=resnet18",)
 
 def train_here(root: str) -> None:
     """Run by a forked rank."""
-    run.train(RunFolder(Path(root)), StopRequest())
+    main.train(RunFolder(Path(root)), StopRequest())
 
 
 def trained(ranks: Ranks, root: Path, *overrides: str, smoke: str = "clip") -> Path:
@@ -39,7 +40,7 @@ def trained(ranks: Ranks, root: Path, *overrides: str, smoke: str = "clip") -> P
     config = load(f"smoke/{smoke}", RunConfig, [*short, *(() if overrides == RESNET else overrides)])
     if overrides == RESNET:  # without arguments, which no override can take away
         config = config.model_copy(update={"encoder": EncoderConfig(name="resnet18", crop=1.0)})
-    run.prepare(config, world_size=1)
+    main.prepare(config, world_size=1)
     ranks(1, train_here, root=str(root))
     return root
 

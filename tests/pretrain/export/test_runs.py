@@ -25,13 +25,14 @@ from configs.loading import load
 from data_pipeline import demo
 from data_pipeline.transform import center_view
 from data_pipeline.types import CenterCrop
-from pretrain import encoders, trained
+from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.export import timm_folder
 from pretrain.export.open import open_timm
 from pretrain.judging.schedule import write as record
-from pretrain.run import prepare
+from pretrain.run import trained
+from pretrain.run.main import prepare
 from pretrain.types import Progress, Scores, Weights
 from tests.places import FullDisk
 from tests.pretrain.last_look import train_and_look
@@ -167,7 +168,7 @@ def exports(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 def test_the_cases_cover_every_stage_and_number_of_ranks() -> None:
     assert {case.stage for case in CASES.values()} == {0, 1, 2, 3}
     assert {case.ranks for case in CASES.values()} == {1, 2, 4}
-    packaged = Path(trained.__file__).parent.parent / "configs/smoke"
+    packaged = Path(trained.__file__).parents[2] / "configs/smoke"
     assert {path.stem for path in packaged.glob("*.yaml")} == set(CASES), "an objective has no case"
 
 

@@ -10,7 +10,7 @@ import torch
 from pretrain import checkpoint
 from pretrain.engines.storage import Reader, read_model
 from pretrain.judging import schedule
-from tests.pretrain.test_run import Ranks, config_for, digits, losses, run_on
+from tests.pretrain.run.test_main import Ranks, config_for, digits, losses, run_on
 
 __all__ = ["digits"]
 

@@ -20,11 +20,12 @@ from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.engines import deepspeed, processes
 from pretrain.evaluators.zero_shot import ZeroShotConfig
+from pretrain.export.subject import opener
 from pretrain.judging import schedule
 from pretrain.judging.evaluate import evaluate
-from pretrain.run import prepare
+from pretrain.run.main import prepare
 from pretrain.types import BuildContext, Objective, Progress, StepSettings, WholeBatchObjective
-from tests.pretrain.test_run import Ranks, config_for, digits, run_on
+from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
 
 __all__ = ["digits"]
 
@@ -180,7 +181,7 @@ def test_a_whole_clip_run_with_captions_and_zero_shot(ranks: Ranks, tmp_path: Pa
         [row] = schedule.read(root / "evaluations.jsonl")
         found.append((losses, row["values"]))
         again = ZeroShotConfig(data=data / "shapes", templates=("a {}", "there is a {}")).placed()
-        assert dict(evaluate(str(root), [again])[0].values) == pytest.approx(row["values"])
+        assert dict(evaluate(opener(str(root)), [again])[0].values) == pytest.approx(row["values"])
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
 
 

@@ -14,11 +14,11 @@ from pretrain import checkpoint, encoders
 from pretrain.config import RunConfig
 from pretrain.engines.storage import read_model
 from pretrain.export.timm_folder import Backbone, write
-from pretrain.folder import RunFolder
-from pretrain.fork import Fork
 from pretrain.judging.subject import evaluation_view
-from pretrain.run import prepare
-from tests.pretrain.test_run import Ranks, config_for, digits, losses, run_on, train_here
+from pretrain.run.folder import RunFolder
+from pretrain.run.fork import Fork
+from pretrain.run.main import prepare
+from tests.pretrain.run.test_main import Ranks, config_for, digits, losses, run_on, train_here
 
 __all__ = ["digits"]
 

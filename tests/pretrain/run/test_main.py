@@ -19,9 +19,9 @@ from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
 from launch.audit import audit_run
 from pretrain.config import RunConfig
-from pretrain.folder import RunFolder
 from pretrain.health.stopping import StopRequest
-from pretrain.run import prepare, train
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import prepare, train
 
 Ranks = Callable[..., list[Any]]
 

@@ -26,8 +26,8 @@ from data_pipeline.order import ORDER_VERSION
 from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.engines import storage
-from pretrain.folder import RunFolder
-from pretrain.plan import Plan
+from pretrain.run.folder import RunFolder
+from pretrain.run.plan import Plan
 from pretrain.types import Objective, Progress
 
 log = logging.getLogger(__name__)

@@ -20,11 +20,11 @@ from data_pipeline.transform import device_half
 from data_pipeline.types import Batch
 from pretrain import checkpoint
 from pretrain.accumulation import accumulate_for
-from pretrain.attempt import load, make_engine
 from pretrain.config import RunConfig
 from pretrain.engines import processes, storage
-from pretrain.folder import RunFolder
-from pretrain.plan import Plan
+from pretrain.run.attempt import load, make_engine
+from pretrain.run.folder import RunFolder
+from pretrain.run.plan import Plan
 from pretrain.types import Engine, LossOutput, Objective, Progress, Update, WholeBatchObjective
 
 

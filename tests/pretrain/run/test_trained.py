@@ -15,17 +15,19 @@ from configs.errors import RunError
 from configs.loading import load
 from data_pipeline import demo
 from data_pipeline.order import ORDER_VERSION
-from pretrain import checkpoint, trained
+from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.heldout import HeldOutConfig
 from pretrain.evaluators.knn import KNNConfig
+from pretrain.export.subject import opener, subject
 from pretrain.export.timm_folder import export
-from pretrain.folder import RunFolder
 from pretrain.health.stopping import StopRequest
-from pretrain.judging.evaluate import evaluate, subject
+from pretrain.judging.evaluate import evaluate
 from pretrain.judging.schedule import read as read_record
-from pretrain.run import prepare, train
+from pretrain.run import trained
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import prepare, train
 from pretrain.tracking import jsonl
 from pretrain.types import Objective
 from tests.pretrain.last_look import train_and_look
@@ -147,17 +149,17 @@ def test_a_run_and_its_export_score_alike(
     result = export(root, tmp_path / "backbone")
     evaluations = [KNNConfig(data=digits), FewShotConfig(data=digits / "val" / "manifest.json", draws=1)]
     told: list[tuple[int, int]] = []
-    of_run = evaluate(str(root), evaluations, progress=lambda done, total: told.append((done, total)))
-    of_export = evaluate(str(result.folder), evaluations)
+    of_run = evaluate(opener(str(root)), evaluations, progress=lambda done, total: told.append((done, total)))
+    of_export = evaluate(opener(str(result.folder)), evaluations)
     assert [s.values for s in of_run] == [s.values for s in of_export]
     assert told[-1] == (1797, 1797)
     with pytest.raises(RunError, match="neither a run folder, an exported folder, nor a model"):
-        evaluate("no_such_model", evaluations)
+        evaluate(opener("no_such_model"), evaluations)
 
 
 def test_a_run_is_judged_by_its_own_task_too(run: tuple[Path, dict[str, Tensor]], digits: Path) -> None:
     root, _ = run
-    (scores,) = evaluate(str(root), [HeldOutConfig(data=digits)])
+    (scores,) = evaluate(opener(str(root)), [HeldOutConfig(data=digits)])
     assert 0 < scores.values["reconstruction_error"] < 3
     assert subject(str(root), device=torch.device("cpu")).objective is not None
 

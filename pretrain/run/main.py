@@ -16,16 +16,16 @@ from configs.errors import RunError
 from data_pipeline.facts import Facts
 from data_pipeline.files import write_atomically
 from data_pipeline.prepare import make_missing
-from pretrain import fork as forks
-from pretrain import start
-from pretrain.attempt import Outside, attempts
 from pretrain.config import RunConfig, refused_changes
 from pretrain.engines import processes
-from pretrain.folder import RunFolder, now, provenance
-from pretrain.fork import Fork
 from pretrain.health.stopping import StopRequest
 from pretrain.judging import best
-from pretrain.plan import Plan
+from pretrain.run import fork as forks
+from pretrain.run import starting_weights
+from pretrain.run.attempt import Outside, attempts
+from pretrain.run.folder import RunFolder, now, provenance
+from pretrain.run.fork import Fork
+from pretrain.run.plan import Plan
 from pretrain.types import StopReason
 
 log = logging.getLogger(__name__)
@@ -73,9 +73,9 @@ def prepare(
     for evaluation in config.evaluate:
         evaluation.require_possible(objective)
         evaluation.require_data()
-    start.require_reopenable(config.encoder, plan.image_size)
+    starting_weights.require_reopenable(config.encoder, plan.image_size)
     branch = None if fork is None else fork.checkpoint()
-    starting = None if state or fork is not None else start.opened(config.encoder, plan.image_size)
+    starting = None if state or fork is not None else starting_weights.opened(config.encoder, plan.image_size)
     if fork is not None and branch is not None:
         forks.require_fitting(fork, branch, plan, objective)
     folder.create()
@@ -84,7 +84,7 @@ def prepare(
         parent = {} if fork is None or branch is None else {"parent": forks.bring(fork, branch, plan, folder)}
         began = {}
         if starting is not None:
-            began["starting_weights"] = start.keep(folder, config.encoder, *starting)
+            began["starting_weights"] = starting_weights.keep(folder, config.encoder, *starting)
         write_atomically(folder.config_file, loading.dump(config))
         if not state:
             identity = {"id": secrets.token_hex(4), "created": now(), "status": "new"}
@@ -120,7 +120,7 @@ def train(folder: RunFolder, stop: StopRequest, console: TextIO | None = None, *
     """Train the run of `folder` as the rank that the environment describes; collective.
 
     The future of the run follows from its newest valid checkpoint and RUN/config.yaml alone. `console` is
-    where rank 0 draws progress, `outside` more of `pretrain.attempt.Outside`.
+    where rank 0 draws progress, `outside` more of `pretrain.run.main.attempt.Outside`.
     """
     config = loading.load(folder.config_file, RunConfig)
     torch.set_num_threads(config.run.threads)

@@ -21,14 +21,12 @@ from data_pipeline.load import Loader
 from data_pipeline.order import ORDER_VERSION
 from data_pipeline.stream import StreamLoader
 from data_pipeline.transform import device_half
-from pretrain import checkpoint, encoders, tracking, trouble
-from pretrain import start as beginning
+from pretrain import checkpoint, encoders, tracking
 from pretrain.accumulation import accumulate_for
 from pretrain.collectives import Agreement, MeanLater, from_main
 from pretrain.config import RunConfig
 from pretrain.engines import deepspeed, processes
 from pretrain.engines.processes import Processes
-from pretrain.folder import Heartbeat, RunFolder, now
 from pretrain.health.health import Health, TroubleError, add_range
 from pretrain.health.stopping import Stopping, StopRequest, TimeLimit
 from pretrain.health.stragglers import Stragglers
@@ -37,7 +35,10 @@ from pretrain.judging.best import KeepBest
 from pretrain.judging.schedule import Evaluate, trained_subject
 from pretrain.judging.schedule import read as read_evaluations
 from pretrain.judging.subject import evaluation_view
-from pretrain.plan import Plan
+from pretrain.run import starting_weights as beginning
+from pretrain.run import trouble
+from pretrain.run.folder import Heartbeat, RunFolder, now
+from pretrain.run.plan import Plan
 from pretrain.trainer import Trainer
 from pretrain.types import Engine, Listener, Objective, Progress, Scores, StopReason, WholeBatchObjective
 

@@ -22,8 +22,8 @@ from data_pipeline.files import write_atomically
 from data_pipeline.quarantine import Broken, Quarantine
 from launch.cli import main
 from pretrain.config import RunConfig
-from pretrain.folder import Heartbeat, RunFolder
-from pretrain.run import prepare
+from pretrain.run.folder import Heartbeat, RunFolder
+from pretrain.run.main import prepare
 from pretrain.tracking.jsonl import Jsonl, rows
 from pretrain.types import Progress
 from tests.conftest import Ranks

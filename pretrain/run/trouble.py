@@ -13,7 +13,7 @@ from pretrain import checkpoint
 from pretrain.engines import storage
 from pretrain.health.health import TroubleError
 from pretrain.judging import schedule
-from pretrain.plan import Plan
+from pretrain.run.plan import Plan
 
 FILE = "trouble.jsonl"
 

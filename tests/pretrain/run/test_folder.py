@@ -13,7 +13,7 @@ import pytest
 
 from configs.errors import RunError
 from data_pipeline.files import write_atomically
-from pretrain.folder import Heartbeat, RunFolder
+from pretrain.run.folder import Heartbeat, RunFolder
 from pretrain.types import Progress
 from tests.waiting import wait_for
 

@@ -16,13 +16,14 @@ from configs.errors import ConfigError, RunError
 from configs.loading import load
 from data_pipeline import demo
 from data_pipeline.load import Loader
-from pretrain import checkpoint, replay
+from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.engines.deepspeed import DeepSpeedEngine
-from pretrain.folder import RunFolder
-from pretrain.fork import Fork
 from pretrain.health.stopping import StopRequest
-from pretrain.run import prepare, train
+from pretrain.run import replay
+from pretrain.run.folder import RunFolder
+from pretrain.run.fork import Fork
+from pretrain.run.main import prepare, train
 from pretrain.types import LossOutput
 from tests.conftest import Ranks
 from tests.forkserver import Died

@@ -17,9 +17,9 @@ from data_pipeline.types import ViewSpec
 from pretrain import checkpoint, encoders
 from pretrain.config import RunConfig
 from pretrain.engines.storage import read_model
-from pretrain.folder import RunFolder
 from pretrain.judging import schedule
 from pretrain.judging.subject import evaluation_view
+from pretrain.run.folder import RunFolder
 from pretrain.tracking import jsonl
 from pretrain.types import BuildContext, Objective, Weights
 
