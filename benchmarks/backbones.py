@@ -35,13 +35,14 @@ from configs.errors import UserError
 from configs.loading import load
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, weights
 from pretrain.export import timm_folder
 from pretrain.export.check import TOLERANCE
 from pretrain.export.open import open_timm
 from pretrain.judging.subject import evaluation_view
-from pretrain.types import BuildContext, Objective, Progress
+from pretrain.objective import BuildContext, Objective
 
 OBJECTIVES = ("moco", "moco_v3", "clip", "siglip", "mae")
 """Names of smoke configs: an objective's name, or its second loss's."""

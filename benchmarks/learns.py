@@ -24,6 +24,7 @@ from configs.loading import load
 from launch.demo import own_settings
 from launch.demo_findings import Findings, Row, judge, labelled, table, validation
 from launch.local import launch
+from pretrain.clock import Duration
 from pretrain.config import RunConfig
 from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy
 from pretrain.optimizers import OptimizerConfig
@@ -31,7 +32,6 @@ from pretrain.parts.augmentation import Augmentation
 from pretrain.run import trained
 from pretrain.run.main import prepare
 from pretrain.run.trained import Trained
-from pretrain.types import Duration
 
 SHOTS = 10
 """Labels a class that MAE is fine-tuned on."""

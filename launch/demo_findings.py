@@ -23,11 +23,11 @@ from pretrain.evaluators.zero_shot import ZeroShotConfig
 from pretrain.judging.image_text import ImageText
 from pretrain.judging.subject import RawPixels, Subject, mean_over_set
 from pretrain.losses.reconstruction import masked_patch_loss
+from pretrain.objective import Objective
 from pretrain.objectives.mae import MAE
 from pretrain.parts.batch_norm import GroupedBatchNorm
 from pretrain.run import trained
 from pretrain.run.trained import Trained
-from pretrain.types import Objective
 
 CPU = torch.device("cpu")
 PROMPTS = ("a photo of a {}", "there is a {}", "a {}")

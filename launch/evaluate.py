@@ -24,8 +24,8 @@ from pretrain.export.subject import opener
 from pretrain.judging.evaluate import evaluate as judge
 from pretrain.judging.schedule import jsonable
 from pretrain.judging.sheets import image_of
+from pretrain.ports import Scores
 from pretrain.run.folder import RunFolder
-from pretrain.types import Scores
 
 MOST_WORKERS = 8
 

@@ -25,7 +25,7 @@ from launch.run_files import is_echo
 
 if TYPE_CHECKING:
     from pretrain.health.stopping import StopRequest
-    from pretrain.types import StopReason
+    from pretrain.ports import StopReason
 
 DONE, OUR_FAULT, USERS_INPUT, STOPPED = 0, 1, 2, 3
 LOST_PEER = 4

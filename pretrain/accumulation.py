@@ -9,7 +9,9 @@ import torch
 
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
-from pretrain.types import Engine, LossOutput, Objective, Progress, WholeBatchObjective
+from pretrain.clock import Progress
+from pretrain.objective import LossOutput, Objective, WholeBatchObjective
+from pretrain.ports import Engine
 
 Prepare = Callable[[Batch], Batch]
 """The device half of the views: uint8 to normalised float32."""

@@ -30,6 +30,7 @@ from data_pipeline.subset import write_subset
 from data_pipeline.transform import device_half
 from data_pipeline.types import IMAGENET_MEAN, IMAGENET_STD, Batch, CenterCrop, ViewSpec
 from pretrain import encoders
+from pretrain.clock import Duration, Progress
 from pretrain.encoders import EncoderConfig, hub, registered, weights
 from pretrain.encoders.finetuning import classifier, erasing, layerwise_groups, mixing
 from pretrain.evaluators.few_shot import draw_labels
@@ -40,7 +41,6 @@ from pretrain.parts.augmentation import Augmentation
 from pretrain.parts.precision import autocast
 from pretrain.run import trained
 from pretrain.run.folder import RunFolder
-from pretrain.types import Duration, Progress
 
 NEEDS = frozenset({"views", "target"})
 

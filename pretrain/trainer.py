@@ -7,19 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.types import Batch
+from pretrain.clock import Progress
 from pretrain.health.health import Health
 from pretrain.health.stopping import Stopping
-from pretrain.types import (
-    BEYOND_STEPS,
-    Engine,
-    Listener,
-    LossOutput,
-    Objective,
-    Progress,
-    StepReport,
-    StepSettings,
-    StopReason,
-)
+from pretrain.objective import LossOutput, Objective
+from pretrain.ports import BEYOND_STEPS, Engine, Listener, StepReport, StepSettings, StopReason
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject
-from pretrain.types import Scores
+from pretrain.ports import Scores
 
 
 class EffectiveRankConfig(EvaluatorConfig):

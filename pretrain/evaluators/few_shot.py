@@ -19,7 +19,7 @@ from configs.errors import ConfigError, DataError
 from pretrain import collectives
 from pretrain.judging.features import Features, standardised
 from pretrain.judging.subject import Evaluator, EvaluatorConfig, Labels, Subject
-from pretrain.types import Scores
+from pretrain.ports import Scores
 
 Array = np.ndarray[Any, Any]
 

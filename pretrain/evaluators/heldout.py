@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from configs.errors import ConfigError
 from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject, mean_over_set
-from pretrain.types import Scores
+from pretrain.ports import Scores
 
 
 class HeldOutConfig(EvaluatorConfig):

@@ -18,7 +18,7 @@ from configs.errors import ConfigError
 from pretrain import collectives
 from pretrain.judging.features import Features
 from pretrain.judging.subject import Evaluator, EvaluatorConfig, Labels, Subject
-from pretrain.types import Scores
+from pretrain.ports import Scores
 
 _LEAST = -80.0
 """Logarithm of the smallest vote against the nearest neighbour's: what float32 holds."""

@@ -20,7 +20,7 @@ from configs.errors import ConfigError
 from pretrain import collectives
 from pretrain.judging.features import Features, fixed_fifth, standardised
 from pretrain.judging.subject import Evaluator, EvaluatorConfig, Labels, Subject
-from pretrain.types import Scores
+from pretrain.ports import Scores
 
 
 class LinearConfig(EvaluatorConfig):

@@ -23,7 +23,7 @@ from data_pipeline.read import CAPTION_FIELDS
 from pretrain.judging import sheets
 from pretrain.judging.image_text import ImageText
 from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject
-from pretrain.types import Scores
+from pretrain.ports import Scores
 
 
 class PicturesConfig(EvaluatorConfig):

@@ -23,7 +23,7 @@ from pretrain import collectives
 from pretrain.judging.features import require_finite
 from pretrain.judging.image_text import image_text, require_tokenizer
 from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject
-from pretrain.types import Scores
+from pretrain.ports import Scores
 
 _SIMILARITIES = 2**24
 """Most similarities held at once (64 MiB of float32)."""

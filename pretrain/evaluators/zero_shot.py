@@ -24,7 +24,7 @@ from data_pipeline.types import Batch
 from pretrain.judging.features import NotFiniteError
 from pretrain.judging.image_text import image_text, text_embeddings
 from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject, mean_over_set
-from pretrain.types import Scores
+from pretrain.ports import Scores
 
 _ILL = "not finite"
 

@@ -39,8 +39,8 @@ from pretrain.encoders import EncoderConfig, registered, reopen, torchvision_com
 from pretrain.export import card
 from pretrain.export.card import Card, Story
 from pretrain.export.check import ExportMismatchError, largest_difference, require_finite
+from pretrain.objective import Weights
 from pretrain.run.trained import read
-from pretrain.types import Weights
 
 Format = Literal["timm", "hf"]
 """What an exported encoder is opened as, by the check and by its card: a folder, or a hub's model."""

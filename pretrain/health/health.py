@@ -10,7 +10,8 @@ from typing import Any, Literal, Protocol
 import pydantic
 
 from configs.loading import Config
-from pretrain.types import Progress, StepReport
+from pretrain.clock import Progress
+from pretrain.ports import StepReport
 
 
 class HealthConfig(Config):

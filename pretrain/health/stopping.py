@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, get_args
 
-from pretrain.types import Duration, Progress, StopReason
+from pretrain.clock import Duration, Progress
+from pretrain.ports import StopReason
 
 _REASONS: Sequence[StopReason] = get_args(StopReason)
 """In order of precedence: where ranks were asked for different reasons, the later one wins."""

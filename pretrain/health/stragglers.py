@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from data_pipeline.files import write_atomically
 from pretrain import collectives
-from pretrain.types import Progress, StepReport, StopReason
+from pretrain.clock import Progress
+from pretrain.ports import StepReport, StopReason
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from typing import Self
 import torch
 
 from pretrain.health.health import HealthConfig
-from pretrain.types import BEYOND_STEPS
+from pretrain.ports import BEYOND_STEPS
 
 WARM_UP = 5
 """Steps of an attempt before their median means anything."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from configs.errors import ConfigError
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointConfig, Checkpointer
+from pretrain.clock import Progress
 from pretrain.collectives import from_main
 from pretrain.judging.schedule import read
 from pretrain.judging.subject import EvaluatorConfig
-from pretrain.types import Progress, Scores, StepReport, StopReason
+from pretrain.ports import Scores, StepReport, StopReason
 
 
 def require_known(config: CheckpointConfig, evaluations: Sequence[EvaluatorConfig]) -> None:

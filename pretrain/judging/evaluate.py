@@ -10,7 +10,7 @@ import torch
 from data_pipeline.manifest import Manifest
 from pretrain.judging.schedule import refuse_equal_names
 from pretrain.judging.subject import EvaluatorConfig, Subject
-from pretrain.types import Scores
+from pretrain.ports import Scores
 
 Progress = Callable[[int, int], None]
 """Called with samples encoded and samples in all."""

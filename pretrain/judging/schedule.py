@@ -16,9 +16,11 @@ from configs.errors import ConfigError
 from data_pipeline.tokenize import Tokenizer
 from data_pipeline.types import ViewSpec
 from pretrain import collectives, encoders
+from pretrain.clock import Progress
 from pretrain.judging.features import NotFiniteError
 from pretrain.judging.subject import EvaluatorConfig, Subject
-from pretrain.types import Engine, Objective, Progress, Scores, StepReport, StopReason
+from pretrain.objective import Objective
+from pretrain.ports import Engine, Scores, StepReport, StopReason
 
 log = logging.getLogger(__name__)
 

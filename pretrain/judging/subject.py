@@ -26,8 +26,10 @@ from data_pipeline.tokenize import Tokenizer
 from data_pipeline.transform import device_half
 from data_pipeline.types import Batch, CenterCrop, ViewSpec
 from pretrain import collectives
+from pretrain.clock import Duration
 from pretrain.judging.features import Features, fifth_of, fixed_fifth, require_finite
-from pretrain.types import Duration, Objective, Scores
+from pretrain.objective import Objective
+from pretrain.ports import Scores
 
 log = logging.getLogger(__name__)
 

@@ -30,23 +30,23 @@ from torch.nn import functional
 from configs.errors import ConfigError
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
 from pretrain import collectives, encoders
+from pretrain.clock import Progress
 from pretrain.encoders import vit
 from pretrain.encoders.text import TextConfig, TextTower
 from pretrain.losses import contrastive
-from pretrain.optimizers import groups_without_decay
-from pretrain.parts import collapse
-from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
-from pretrain.parts.precision import autocast
-from pretrain.types import (
+from pretrain.objective import (
     BuildContext,
     Embeddings,
     LossOutput,
     ObjectiveConfig,
     ParamGroup,
-    Progress,
     Update,
     WholeBatchObjective,
 )
+from pretrain.optimizers import groups_without_decay
+from pretrain.parts import collapse
+from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain.parts.precision import autocast
 
 MAX_LOG_SCALE, MIN_LOG_SCALE = math.log(100), 0.0
 """Bounds of the learnt log scale: the paper's (arXiv:2103.00020 §2.5), and open_clip's (train.py)."""

@@ -26,11 +26,12 @@ from configs.errors import ConfigError
 from data_pipeline.augment import denormalised
 from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
+from pretrain.clock import Progress
 from pretrain.encoders import vit
 from pretrain.losses import reconstruction
+from pretrain.objective import BuildContext, LossOutput, Objective, ObjectiveConfig, ParamGroup
 from pretrain.optimizers import without_decay_on_vectors
 from pretrain.parts.precision import autocast
-from pretrain.types import BuildContext, LossOutput, Objective, ObjectiveConfig, ParamGroup, Progress
 
 MASK = 1000
 """Purpose number of the mask among all that is drawn from a sample's seed."""

@@ -30,23 +30,23 @@ from configs.errors import ConfigError
 from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, ViewSpec
 from pretrain import collectives, encoders
+from pretrain.clock import Progress
 from pretrain.losses import contrastive
-from pretrain.parts import collapse, heads, teacher
-from pretrain.parts.augmentation import Augmentation
-from pretrain.parts.batch_norm import Spelled, convert, has_batch_norm, parse, require_samples
-from pretrain.parts.precision import autocast
-from pretrain.parts.queue import Queue
-from pretrain.types import (
+from pretrain.objective import (
     BuildContext,
     LossOutput,
     Objective,
     ObjectiveConfig,
     ParamGroup,
-    Progress,
     Update,
     Weights,
     trainable,
 )
+from pretrain.parts import collapse, heads, teacher
+from pretrain.parts.augmentation import Augmentation
+from pretrain.parts.batch_norm import Spelled, convert, has_batch_norm, parse, require_samples
+from pretrain.parts.precision import autocast
+from pretrain.parts.queue import Queue
 
 KEY_ORDER = 1001
 """Purpose number of the keys' permutation among all that is drawn from a seed."""

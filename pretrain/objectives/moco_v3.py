@@ -25,24 +25,24 @@ from torch.nn import functional
 
 from data_pipeline.types import Batch, ViewSpec
 from pretrain import collectives, encoders
+from pretrain.clock import Progress
 from pretrain.encoders import vit
 from pretrain.losses import contrastive
-from pretrain.parts import collapse, heads, teacher
-from pretrain.parts.augmentation import Augmentation
-from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
-from pretrain.parts.precision import autocast
-from pretrain.types import (
+from pretrain.objective import (
     BuildContext,
     Embeddings,
     LossOutput,
     ObjectiveConfig,
     ParamGroup,
-    Progress,
     Update,
     Weights,
     WholeBatchObjective,
     trainable,
 )
+from pretrain.parts import collapse, heads, teacher
+from pretrain.parts.augmentation import Augmentation
+from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain.parts.precision import autocast
 
 _VIEW = Augmentation(crop_scale=(0.08, 1.0), jitter=0.8, saturation=0.2, grayscale=0.2)
 

@@ -23,6 +23,7 @@ from data_pipeline.stream import StreamLoader
 from data_pipeline.transform import device_half
 from pretrain import checkpoint, encoders, tracking
 from pretrain.accumulation import accumulate_for
+from pretrain.clock import Progress
 from pretrain.collectives import Agreement, MeanLater, from_main
 from pretrain.config import RunConfig
 from pretrain.engines import deepspeed, processes
@@ -35,12 +36,13 @@ from pretrain.judging.best import KeepBest
 from pretrain.judging.schedule import Evaluate, trained_subject
 from pretrain.judging.schedule import read as read_evaluations
 from pretrain.judging.subject import evaluation_view
+from pretrain.objective import Objective, WholeBatchObjective
+from pretrain.ports import Engine, Listener, Scores, StopReason
 from pretrain.run import starting_weights as beginning
 from pretrain.run import trouble
 from pretrain.run.folder import Heartbeat, RunFolder, now
 from pretrain.run.plan import Plan
 from pretrain.trainer import Trainer
-from pretrain.types import Engine, Listener, Objective, Progress, Scores, StopReason, WholeBatchObjective
 
 log = logging.getLogger(__name__)
 

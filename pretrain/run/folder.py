@@ -23,7 +23,8 @@ from typing import Any
 from configs.errors import RunError
 from data_pipeline.files import of_file, write_atomically, write_whole
 from data_pipeline.locks import locked
-from pretrain.types import Progress, StepReport, StopReason
+from pretrain.clock import Progress
+from pretrain.ports import StepReport, StopReason
 
 log = logging.getLogger(__name__)
 

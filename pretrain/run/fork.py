@@ -24,11 +24,12 @@ from configs.errors import RunError
 from data_pipeline.files import write_atomically
 from data_pipeline.order import ORDER_VERSION
 from pretrain import checkpoint
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.engines import storage
+from pretrain.objective import Objective
 from pretrain.run.folder import RunFolder
 from pretrain.run.plan import Plan
-from pretrain.types import Objective, Progress
 
 log = logging.getLogger(__name__)
 

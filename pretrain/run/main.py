@@ -20,13 +20,13 @@ from pretrain.config import RunConfig, refused_changes
 from pretrain.engines import processes
 from pretrain.health.stopping import StopRequest
 from pretrain.judging import best
+from pretrain.ports import StopReason
 from pretrain.run import fork as forks
 from pretrain.run import starting_weights
 from pretrain.run.attempt import Outside, attempts
 from pretrain.run.folder import RunFolder, now, provenance
 from pretrain.run.fork import Fork
 from pretrain.run.plan import Plan
-from pretrain.types import StopReason
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from data_pipeline.stream import StreamLoader
 from data_pipeline.types import ViewSpec
 from pretrain import encoders
 from pretrain.accumulation import require_called
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
-from pretrain.types import BuildContext, Objective, Progress
+from pretrain.objective import BuildContext, Objective
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ from data_pipeline.transform import device_half
 from data_pipeline.types import Batch
 from pretrain import checkpoint
 from pretrain.accumulation import accumulate_for
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.engines import processes, storage
+from pretrain.objective import LossOutput, Objective, Update, WholeBatchObjective
+from pretrain.ports import Engine
 from pretrain.run.attempt import load, make_engine
 from pretrain.run.folder import RunFolder
 from pretrain.run.plan import Plan
-from pretrain.types import Engine, LossOutput, Objective, Progress, Update, WholeBatchObjective
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from pretrain import checkpoint, collectives, encoders
 from pretrain.collectives import from_main
 from pretrain.encoders import EncoderConfig, registered, reopen, weights
 from pretrain.encoders.weights import Loaded
+from pretrain.objective import Objective
 from pretrain.run.folder import RunFolder
-from pretrain.types import Objective
 
 log = logging.getLogger(__name__)
 

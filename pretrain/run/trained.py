@@ -19,9 +19,9 @@ from pretrain.config import RunConfig
 from pretrain.engines.storage import read_model
 from pretrain.judging import schedule
 from pretrain.judging.subject import evaluation_view
+from pretrain.objective import BuildContext, Objective, Weights
 from pretrain.run.folder import RunFolder
 from pretrain.tracking import jsonl
-from pretrain.types import BuildContext, Objective, Weights
 
 _ENCODER = "encoder"
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pretrain.clock import Progress
 from pretrain.engines import processes, storage
 from pretrain.engines.deepspeed import DeepSpeedEngine, LossScale, initialize
 from pretrain.engines.fragments import persistent_buffers
-from pretrain.types import Objective, Progress, StepSettings
+from pretrain.objective import Objective
+from pretrain.ports import StepSettings
 from tests.conftest import Ranks
 from tests.contract.test_objectives import EVERY, batch_for, build
 from tests.pretrain.engines.tiny import Tiny, adamw

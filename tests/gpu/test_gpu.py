@@ -19,10 +19,12 @@ from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch
 from pretrain import encoders
 from pretrain.accumulation import accumulate_for
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.engines import deepspeed, processes
 from pretrain.engines.processes import Processes
-from pretrain.types import BuildContext, Objective, Progress, StepSettings, WholeBatchObjective
+from pretrain.objective import BuildContext, Objective, WholeBatchObjective
+from pretrain.ports import StepSettings
 
 DEVICE = os.environ.get("KEEL_GPU_TESTS_ON", "cuda")
 # The first step of DeepSpeed imports parts of torch that torch itself has deprecated.

@@ -20,7 +20,7 @@ from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.export.timm_folder import export
 from pretrain.finetune import start_of
-from pretrain.types import Scores
+from pretrain.ports import Scores
 from tests.places import FullDisk
 from tests.pretrain.run.test_main import config_for, run_on
 

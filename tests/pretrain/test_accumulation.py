@@ -14,8 +14,9 @@ from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import collectives
 from pretrain.accumulation import SumOfMicroBatches, WholeShare, accumulate_for
+from pretrain.clock import Progress
 from pretrain.losses import contrastive
-from pretrain.types import Embeddings, LossOutput, Objective, ParamGroup, Progress, WholeBatchObjective
+from pretrain.objective import Embeddings, LossOutput, Objective, ParamGroup, WholeBatchObjective
 
 CLOCK = Progress(step=0, samples=0, total_steps=5, dataset_size=100)
 
@@ -83,7 +84,7 @@ def test_cached_embeddings_give_the_uncut_loss_and_gradients(micro: int | None) 
 def on_ranks(micro: int, stage: int) -> tuple[float, dict[str, Tensor]]:
     """One SGD step of rate 1 on real DeepSpeed: the change of the parameters is the gradient."""
     from pretrain.engines import deepspeed, processes
-    from pretrain.types import StepSettings
+    from pretrain.ports import StepSettings
 
     here = processes.start("cpu")
     model = Pairs(micro)

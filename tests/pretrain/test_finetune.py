@@ -17,13 +17,13 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
 from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import encoders
+from pretrain.clock import Duration
 from pretrain.encoders import EncoderConfig
 from pretrain.encoders.finetuning import classifier, layerwise_groups, mixing
 from pretrain.export import timm_folder
 from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy, fine_tune, start_of
 from pretrain.optimizers import OptimizerConfig
 from pretrain.parts.augmentation import Augmentation
-from pretrain.types import Duration
 
 VIT = EncoderConfig(
     name="vit_tiny_patch16_224",

@@ -48,7 +48,7 @@ def built(smoke: str, pooling: str) -> Any:
 
 
 def encoders_context(encoder: torch.nn.Module) -> Any:
-    from pretrain.types import BuildContext
+    from pretrain.objective import BuildContext
 
     return BuildContext(encoder, (32, 32), 1000, 8, None)
 

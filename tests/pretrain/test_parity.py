@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from configs.loading import PACKAGED, load
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.export import open_clip_folder
+from pretrain.objective import BuildContext
 from pretrain.objectives.clip import CLIP
-from pretrain.types import BuildContext, Progress
 
 PUBLISHED = {
     "vitb32_laion400m": ("ViT-B-32", "laion400m_e32"),

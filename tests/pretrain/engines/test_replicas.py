@@ -11,9 +11,9 @@ import torch
 from configs.errors import RunError
 from data_pipeline.types import Batch
 from pretrain.accumulation import SumOfMicroBatches
+from pretrain.clock import Progress
 from pretrain.engines import processes
 from pretrain.engines.state import _fingerprint
-from pretrain.types import Progress
 from tests.conftest import Ranks
 from tests.pretrain.engines.tiny import PROGRESS, Tiny, batch_at, engine_of, train
 

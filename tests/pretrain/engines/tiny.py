@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.types import Batch
+from pretrain.clock import Progress
 from pretrain.engines import processes
 from pretrain.engines.deepspeed import DeepSpeedEngine, initialize
-from pretrain.types import LossOutput, Objective, ParamGroup, Progress, StepSettings, Update
+from pretrain.objective import LossOutput, Objective, ParamGroup, Update
+from pretrain.ports import StepSettings
 
 PROGRESS = Progress(step=0, samples=0, total_steps=100, dataset_size=1000)
 SETTINGS = StepSettings(lr=1e-3, weight_decay=0.1)

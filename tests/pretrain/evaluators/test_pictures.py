@@ -17,7 +17,7 @@ from pretrain.encoders import EncoderConfig
 from pretrain.evaluators.pictures import PicturesConfig
 from pretrain.judging import sheets
 from pretrain.judging.subject import Subject
-from pretrain.types import Scores
+from pretrain.ports import Scores
 from tests.contract.test_objectives import build
 from tests.pretrain.conftest import VIEW
 from tests.pretrain.evaluators.test_zero_shot import clip, shapes, subject

@@ -21,9 +21,9 @@ from pretrain.encoders import EncoderConfig
 from pretrain.export import open_clip_folder
 from pretrain.export.timm_folder import ExportMismatchError
 from pretrain.health.stopping import StopRequest
+from pretrain.objective import BuildContext
 from pretrain.run import main
 from pretrain.run.folder import RunFolder
-from pretrain.types import BuildContext
 from tests.conftest import Ranks
 
 RESNET = ("encoder.name=resnet18",)

@@ -26,14 +26,16 @@ from data_pipeline import demo
 from data_pipeline.transform import center_view
 from data_pipeline.types import CenterCrop
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.export import timm_folder
 from pretrain.export.open import open_timm
 from pretrain.judging.schedule import write as record
+from pretrain.objective import Weights
+from pretrain.ports import Scores
 from pretrain.run import trained
 from pretrain.run.main import prepare
-from pretrain.types import Progress, Scores, Weights
 from tests.places import FullDisk
 from tests.pretrain.last_look import train_and_look
 

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 
+from pretrain.clock import Duration, Progress
 from pretrain.collectives import MeanLater
 from pretrain.health.health import Health, HealthConfig, TroubleError, add_range
 from pretrain.health.stopping import Stopping, StopRequest, TimeLimit
-from pretrain.types import Duration, LossOutput, Progress, StepReport, StepSettings, StopReason
+from pretrain.objective import LossOutput
+from pretrain.ports import StepReport, StepSettings, StopReason
 
 
 class OneStepLate:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from pretrain.clock import Progress
 from pretrain.engines import processes
 from pretrain.health.stragglers import Stragglers
-from pretrain.types import LossOutput, Progress, StepReport, StepSettings
+from pretrain.objective import LossOutput
+from pretrain.ports import StepReport, StepSettings
 from tests.conftest import Ranks
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from pretrain.health.health import HealthConfig
 from pretrain.health.watchdog import WARM_UP, Watchdog, dump
-from pretrain.types import BEYOND_STEPS
+from pretrain.ports import BEYOND_STEPS
 
 
 class Clock:

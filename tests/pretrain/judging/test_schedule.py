@@ -14,13 +14,14 @@ import pydantic
 import pytest
 
 from configs.errors import ConfigError
+from pretrain.clock import Duration, Progress
 from pretrain.evaluators import evaluator_config_type, kinds
 from pretrain.evaluators.heldout import HeldOutConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.judging.features import NotFiniteError
 from pretrain.judging.schedule import Evaluate, read, write
 from pretrain.judging.subject import EvaluatorConfig, Subject
-from pretrain.types import Duration, Progress, Scores
+from pretrain.ports import Scores
 
 
 class Counting(EvaluatorConfig):

@@ -14,10 +14,12 @@ from torch import Tensor
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig
 from pretrain.engines import deepspeed, processes
+from pretrain.objective import BuildContext, Embeddings, LossOutput
 from pretrain.objectives.clip import CLIP, CLIPConfig
-from pretrain.types import BuildContext, Embeddings, LossOutput, Progress, StepSettings
+from pretrain.ports import StepSettings
 
 VIT = EncoderConfig(
     name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}

@@ -12,9 +12,10 @@ from torch.nn import functional
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig
+from pretrain.objective import BuildContext
 from pretrain.objectives.moco import MoCo, MoCoConfig
-from pretrain.types import BuildContext, Progress
 
 TINY = EncoderConfig(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]})
 

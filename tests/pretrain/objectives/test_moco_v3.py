@@ -14,9 +14,10 @@ from torch.nn import functional
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig, vit
+from pretrain.objective import BuildContext
 from pretrain.objectives.moco_v3 import MoCoV3, MoCoV3Config
-from pretrain.types import BuildContext, Progress
 from tests.pretrain.objectives.test_moco import PlainUpdate
 
 VIT = EncoderConfig(

@@ -16,6 +16,7 @@ from configs.loading import load
 from data_pipeline.types import Batch
 from pretrain import collectives, encoders
 from pretrain.accumulation import accumulate_for
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.engines import deepspeed, processes
@@ -23,8 +24,9 @@ from pretrain.evaluators.zero_shot import ZeroShotConfig
 from pretrain.export.subject import opener
 from pretrain.judging import schedule
 from pretrain.judging.evaluate import evaluate
+from pretrain.objective import BuildContext, Objective, WholeBatchObjective
+from pretrain.ports import StepSettings
 from pretrain.run.main import prepare
-from pretrain.types import BuildContext, Objective, Progress, StepSettings, WholeBatchObjective
 from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
 
 __all__ = ["digits"]

@@ -20,11 +20,11 @@ from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.engines.deepspeed import DeepSpeedEngine
 from pretrain.health.stopping import StopRequest
+from pretrain.objective import LossOutput
 from pretrain.run import replay
 from pretrain.run.folder import RunFolder
 from pretrain.run.fork import Fork
 from pretrain.run.main import prepare, train
-from pretrain.types import LossOutput
 from tests.conftest import Ranks
 from tests.forkserver import Died
 from tests.waiting import wait_for

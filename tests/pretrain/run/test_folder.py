@@ -13,8 +13,8 @@ import pytest
 
 from configs.errors import RunError
 from data_pipeline.files import write_atomically
+from pretrain.clock import Progress
 from pretrain.run.folder import Heartbeat, RunFolder
-from pretrain.types import Progress
 from tests.waiting import wait_for
 
 

@@ -21,11 +21,11 @@ from data_pipeline.demo import DemoConfig
 from data_pipeline.files import write_atomically
 from data_pipeline.quarantine import Broken, Quarantine
 from launch.cli import main
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.run.folder import Heartbeat, RunFolder
 from pretrain.run.main import prepare
 from pretrain.tracking.jsonl import Jsonl, rows
-from pretrain.types import Progress
 from tests.conftest import Ranks
 from tests.places import FullDisk, full_disk_environment, unprivileged
 

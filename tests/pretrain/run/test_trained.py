@@ -25,11 +25,11 @@ from pretrain.export.timm_folder import export
 from pretrain.health.stopping import StopRequest
 from pretrain.judging.evaluate import evaluate
 from pretrain.judging.schedule import read as read_record
+from pretrain.objective import Objective
 from pretrain.run import trained
 from pretrain.run.folder import RunFolder
 from pretrain.run.main import prepare, train
 from pretrain.tracking import jsonl
-from pretrain.types import Objective
 from tests.pretrain.last_look import train_and_look
 
 Ranks = Callable[..., list[Any]]

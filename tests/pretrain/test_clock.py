@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.types import Duration, Progress
+from pretrain.clock import Duration, Progress
 
 
 @pytest.mark.parametrize(
