@@ -16,7 +16,7 @@ from configs.loading import dump, load
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
 from launch import doctor, queue
-from launch.cli import main
+from launch.cli.main import main
 from launch.cluster import ClusterConfig
 from launch.doctor import Check, examine
 from pretrain import encoders

@@ -22,7 +22,7 @@ Said = tuple[int, str, str]
 
 DRIVER = """
 import contextlib, io, json, sys
-from launch.cli import main
+from launch.cli.main import main
 found = {}
 for line in json.loads(sys.argv[1]):
     out, err, code = io.StringIO(), io.StringIO(), 0

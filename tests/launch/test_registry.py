@@ -422,7 +422,7 @@ def test_the_table_comes_whether_slurm_answers_or_not(
 def test_runs_needs_no_torch(tmp_path: Path) -> None:
     make_run(tmp_path / "one", run=state())
     code = (
-        "import sys; from launch.cli import app\n"
+        "import sys; from launch.cli.main import app\n"
         f"try: app(['runs', {str(tmp_path)!r}])\n"
         "except SystemExit: pass\n"
         "print(sorted(set(sys.modules) & {'torch', 'numpy', 'timm', 'deepspeed', 'rich.table'}))"

@@ -18,7 +18,7 @@ from configs.errors import ConfigError, RunError
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
 from launch import sweep as sweeps
-from launch.cli import main
+from launch.cli.main import main
 from launch.cluster import ClusterConfig
 from launch.sweep import load_sweep, make_ready, plan, run_here, start
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from launch import queue
-from launch.cli import main
+from launch.cli.main import main
 from launch.cluster import load_cluster
 from launch.doctor import examine
 from launch.queue import GONE

@@ -20,7 +20,7 @@ from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
 from data_pipeline.files import write_atomically
 from data_pipeline.quarantine import Broken, Quarantine
-from launch.cli import main
+from launch.cli.main import main
 from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.run.folder import Heartbeat, RunFolder

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.cli import main
+from launch.cli.main import main
 from pretrain import checkpoint
 from pretrain.engines import storage
 from tests.places import FullDisk

@@ -14,7 +14,7 @@ from torch import nn
 from configs.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.types import CenterCrop
-from launch.evaluate import device_named
+from launch.cli.evaluate import device_named
 from launch.progress import progress_bar
 from pretrain.encoders import registered
 from pretrain.encoders.finetuning import classifier_arguments, reopened

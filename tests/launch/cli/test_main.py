@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import cli
-from launch.cli import main
+from launch.cli import main as command
+from launch.cli.main import main
 
 KEEL = [sys.executable, "-m", "launch"]
 
@@ -82,7 +82,7 @@ def test_a_place_is_a_line_and_our_own_mistake_isnt(
     def fail(**named: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(command, "app", fail)
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == code

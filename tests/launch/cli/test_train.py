@@ -60,7 +60,7 @@ def processes_of(run: Path) -> list[int]:
 
 def test_help_is_quick_and_needs_no_torch() -> None:
     code = (
-        "import sys, time; from launch.cli import app\n"
+        "import sys, time; from launch.cli.main import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
         "print(sorted(set(sys.modules) & {'torch', 'numpy', 'timm', 'deepspeed', 'wandb', 'PIL'}))"

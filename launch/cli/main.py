@@ -19,17 +19,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import UserError, fault_of_place
-from launch import (
-    cli_checkpoint,
-    cli_data,
-    cli_doctor,
-    cli_replay,
-    cli_report,
-    cli_runs,
-    cli_submit,
-    cli_sweep,
-    cli_sync,
-)
+from launch.cli import checkpoint, data, doctor, replay, report, runs, submit, sweep, sync
 from launch.job import OUR_FAULT, USERS_INPUT, as_lines
 
 DEMO = Path("runs/demo")
@@ -46,15 +36,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(cli_data.app, name="data")
-app.add_typer(cli_checkpoint.app, name="checkpoint")
-app.command()(cli_submit.submit)
-app.command()(cli_replay.replay)
-cli_runs.add_to(app)
-app.command()(cli_sweep.sweep)
-app.command()(cli_doctor.doctor)
-app.command()(cli_report.report)
-app.command()(cli_sync.sync)
+app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
+app.command()(submit.submit)
+app.command()(replay.replay)
+runs.add_to(app)
+app.command()(sweep.sweep)
+app.command()(doctor.doctor)
+app.command()(report.report)
+app.command()(sync.sync)
 
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="a.b=c", help="settings to override")]
@@ -136,7 +126,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON list on standard output")] = False,
 ) -> None:
     """Judge an encoder: by the run's own evaluations, or by those given."""
-    from launch import evaluate
+    from launch.cli import evaluate
 
     evaluations = evaluate.wanted(source, settings or (), kind or (), data)
     found = evaluate.evaluate(
@@ -165,7 +155,7 @@ def finetune(
 ) -> None:
     """Train an encoder end to end as a classifier, judge it, and write it for timm."""
     from configs.loading import load
-    from launch import finetune
+    from launch.cli import finetune
     from pretrain.finetune import FineTuneConfig, start_of
 
     settings = load(config, FineTuneConfig, overrides or ())

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from configs.errors import ConfigError, RunError
-from launch import evaluate as launch_evaluate
-from launch.evaluate import chosen, own_evaluations, save_pictures, show, wanted
+from launch.cli import evaluate as launch_evaluate
+from launch.cli.evaluate import chosen, own_evaluations, save_pictures, show, wanted
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.export.timm_folder import export
