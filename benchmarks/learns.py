@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 
 from configs.loading import load
-from launch.demo import own_settings
-from launch.demo_findings import Findings, Row, judge, labelled, table, validation
-from launch.local import launch
+from launch.demo.demo import own_settings
+from launch.demo.findings import Findings, Row, judge, labelled, table, validation
+from launch.ranks.local import launch
 from pretrain.clock import Duration
 from pretrain.config import RunConfig
 from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy

@@ -26,11 +26,12 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import lacks_demo, require_own_places
 from data_pipeline.read import Reader
 from data_pipeline.remote import size_of
-from launch import queue, slurm
-from launch.cluster import ClusterConfig
-from launch.network import interfaces
-from launch.registry import look
-from launch.run_files import tail
+from launch.runs import queue
+from launch.runs.files import tail
+from launch.runs.registry import look
+from launch.slurm import executor
+from launch.slurm.cluster import ClusterConfig
+from launch.slurm.network import interfaces
 from pretrain.config import RunConfig, refused_changes
 from pretrain.encoders import torchvision_compat
 from pretrain.engines.processes import MemoryEstimate, memory_estimate
@@ -356,7 +357,7 @@ def _queue(patient: Patient) -> Iterator[Check]:
     if cluster is None or cluster.executor != "slurm":
         return
     folder = patient.config.run.dir
-    script = slurm.script(cluster, folder=folder / "submitit", code=folder / "code", name="keel-doctor")
+    script = executor.script(cluster, folder=folder / "submitit", code=folder / "code", name="keel-doctor")
     taken, said = queue.would_accept(script)
     if taken is None:
         yield Check("queue", "warn", said, "run keel doctor where jobs are submitted from")

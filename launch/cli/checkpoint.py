@@ -21,7 +21,7 @@ def list_(run: Run, as_json: AsJson = False) -> None:
     import json
     from dataclasses import asdict
 
-    from launch.checkpoints import listing
+    from launch.runs.checkpoints import listing
 
     found = listing(run)
     if as_json:
@@ -47,7 +47,7 @@ def verify(
     import json
     from dataclasses import asdict
 
-    from launch.checkpoints import verify as check
+    from launch.runs.checkpoints import verify as check
 
     verdicts = []
     for verdict in check(run, step):
@@ -69,7 +69,7 @@ def prune(
     """Remove old checkpoints. The newest valid one and the pinned ones always stay."""
     import json
 
-    from launch.checkpoints import prune as remove
+    from launch.runs.checkpoints import prune as remove
 
     removed = remove(run, keep, dry_run)
     if as_json:

@@ -294,8 +294,8 @@ def audit(
     import json
     from dataclasses import asdict
 
-    from launch.audit import audit_run
     from launch.progress import progress_bar
+    from launch.runs.audit import audit_run
 
     with progress_bar("audit") as progress:
         found = audit_run(run, progress)

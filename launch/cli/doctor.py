@@ -23,8 +23,8 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="a JSON list on standard output")] = False,
 ) -> None:
     """Find what would stop a run before it waits in a queue. Exit code 2 where something fails."""
-    from launch.cluster import load_cluster
     from launch.doctor import examine
+    from launch.slurm.cluster import load_cluster
 
     given = overrides or []
     site = [text.removeprefix("+") for text in given if text.startswith("+")]

@@ -20,7 +20,7 @@ import typer
 
 from configs.errors import UserError, fault_of_place
 from launch.cli import checkpoint, data, doctor, replay, report, runs, submit, sweep, sync
-from launch.job import OUR_FAULT, USERS_INPUT, as_lines
+from launch.ranks.job import OUR_FAULT, USERS_INPUT, as_lines
 
 DEMO = Path("runs/demo")
 """Where `make demo` puts its run."""
@@ -84,8 +84,8 @@ def train(
 ) -> None:
     """Train, or go on where the run folder's newest checkpoint left off."""
     from configs.loading import load
-    from launch.local import launch
     from launch.progress import progress_bar
+    from launch.ranks.local import launch
     from pretrain.config import RunConfig
     from pretrain.run.fork import Fork
     from pretrain.run.main import prepare
@@ -237,7 +237,7 @@ def demo(
     ] = None,
 ) -> None:
     """The whole of keel in a few minutes: three objectives trained, judged in one table, exported to timm."""
-    from launch.demo import run
+    from launch.demo.demo import run
 
     raise typer.Exit(run(directory, overrides=overrides or (), nproc=nproc))
 

@@ -16,7 +16,7 @@ def report(
     out: Annotated[Path, typer.Option("-o", "--out", help="the file to write")] = Path("report.html"),
 ) -> None:
     """Show how runs went, as one HTML file that needs no network: curves, evaluations, pictures, settings."""
-    from launch.registry import look
+    from launch.runs.registry import look
     from pretrain.report import report
     from pretrain.report.reading import run_folders
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch import strict_json
+from launch.runs import strict_json
 
 if TYPE_CHECKING:
-    from launch.manage import Candidate
-    from launch.registry import Run
+    from launch.runs.registry import Run
+    from launch.slurm.manage import Candidate
 
 Folders = Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders")]
 AsJson = Annotated[bool, typer.Option("--json", help="JSON on standard output")]
@@ -43,7 +43,7 @@ def runs(
     as_json: AsJson = False,
 ) -> None:
     """One table of the runs below ROOT: how each stands, by its files and by SLURM."""
-    from launch.registry import list_runs, sorter
+    from launch.runs.registry import list_runs, sorter
 
     order, down = sorter(sort.removeprefix("-")), sort.startswith("-")
 
@@ -68,7 +68,7 @@ def _show(found: list[Run], *, again: bool = False) -> None:
     import shutil
     import sys
 
-    from launch.runs_table import summary, table
+    from launch.runs.table import summary, table
 
     screen = sys.stdout.isatty()
     wide = shutil.get_terminal_size().columns if screen else None
@@ -83,7 +83,7 @@ def logs(
     last: Annotated[int, typer.Option("-n", "--lines", min=0, help="from the end; 0: all")] = 100,
 ) -> None:
     """Show what a run has printed, or its job where no rank has begun."""
-    from launch import manage
+    from launch.slurm import manage
 
     try:
         for line in manage.lines(manage.log_of(run, rank), last, follow=follow):
@@ -98,7 +98,7 @@ def cancel(
     as_json: AsJson = False,
 ) -> None:
     """End runs for good: they save and leave, and their jobs don't come back."""
-    from launch import manage
+    from launch.slurm import manage
 
     told = manage.cancel(folders, now=now)
     if as_json:
@@ -119,7 +119,7 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on with the runs named; of a folder of runs, with those that failed, were preempted or are lost."""
-    from launch import manage
+    from launch.slurm import manage
 
     chosen = manage.resumable(folders)
     if as_json:
@@ -147,7 +147,7 @@ def best(
     as_json: AsJson = False,
 ) -> None:
     """Rank runs by a metric, and export the winner."""
-    from launch import manage
+    from launch.slurm import manage
 
     found = manage.ranking(root, metric, lower=lower)
     if metric.rpartition("/")[0] in manage.BY_THE_OBJECTIVE and (

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from launch import strict_json
+from launch.runs import strict_json
 
 DEFAULT = "clusters/slurm"
 
@@ -26,9 +26,9 @@ def submit(
 ) -> None:
     """Submit a run, or go on with one, as a job that requeues itself until the run is done."""
     from configs.loading import load
-    from launch import submit
-    from launch.cluster import load_cluster
     from launch.progress import progress_bar
+    from launch.slurm import submit
+    from launch.slurm.cluster import load_cluster
     from pretrain.config import RunConfig
     from pretrain.run.main import prepare
 

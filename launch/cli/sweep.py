@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from launch import strict_json
+from launch.runs import strict_json
 
 
 def sweep(
@@ -29,10 +29,10 @@ def sweep(
     ] = False,
 ) -> None:
     """Submit the runs of a sweep that are missing or have failed; those that are well are left alone."""
-    from launch import sweep as sweeps
-    from launch.cluster import load_cluster
     from launch.progress import progress_bar
-    from launch.submit import require_place
+    from launch.slurm.cluster import load_cluster
+    from launch.slurm.submit import require_place
+    from launch.sweeps import sweep as sweeps
 
     given = overrides or []
     site = [text.removeprefix("+") for text in given if text.startswith("+")]

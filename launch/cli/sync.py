@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from configs.errors import RunError
-from launch.registry import list_runs
+from launch.runs.registry import list_runs
 
 
 def sync(

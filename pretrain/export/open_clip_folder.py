@@ -267,7 +267,7 @@ def _verify(pair: Pair, trained: Trained, folder: Path) -> tuple[float, Tensor |
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"images": images, "tokens": tokens}, inputs)
         Path(scratch, "captions.json").write_text(json.dumps(CAPTIONS))
-        script = Path(__file__).with_name("export_reopen_open_clip.py")
+        script = Path(__file__).with_name("reopen_open_clip.py")
         command = [sys.executable, "-P", str(script), str(folder.absolute()), scratch]
         done = subprocess.run(command, cwd=scratch, capture_output=True, text=True, timeout=600, check=False)
         if done.returncode:

@@ -212,7 +212,7 @@ def _reopened(folder: Path, images: Tensor, form: Format = "timm") -> dict[str, 
         inputs, outputs = Path(scratch, "inputs.safetensors"), Path(scratch, "outputs.safetensors")
         save_file({"images": images}, inputs)
         name = f"local-dir:{folder.absolute()}" if form == "timm" else _in_a_cache(folder, Path(scratch))
-        script = Path(__file__).with_name("export_reopen.py")
+        script = Path(reopen.__file__)
         # -P: neither the working directory nor the script's own folder may offer modules
         command = [sys.executable, "-P", str(script), name, str(inputs), str(outputs)]
         command += registered.opened_with(json.loads((folder / "config.json").read_text()))

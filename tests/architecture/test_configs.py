@@ -9,7 +9,7 @@ import torch
 
 from configs.loading import PACKAGED, Config, dump, load, validate
 from configs.sweep import SweepConfig
-from launch.cluster import ClusterConfig
+from launch.slurm.cluster import ClusterConfig
 from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.finetune import FineTuneConfig

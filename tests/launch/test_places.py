@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from benchmarks.registry import make_run, state
-from launch.registry import list_runs
-from launch.submission import Submission
+from launch.runs.registry import list_runs
+from launch.slurm.submission import Submission
 from tests.places import FullDisk, unprivileged
 
 Said = tuple[int, str, str]

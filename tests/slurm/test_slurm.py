@@ -19,10 +19,11 @@ import pytest
 
 from configs.errors import RunError
 from configs.loading import load
-from launch import queue, submit
-from launch.cluster import ClusterConfig, load_cluster
-from launch.registry import look
-from launch.submission import Submission
+from launch.runs import queue
+from launch.runs.registry import look
+from launch.slurm import submit
+from launch.slurm.cluster import ClusterConfig, load_cluster
+from launch.slurm.submission import Submission
 from pretrain.config import RunConfig
 from pretrain.health.stopping import StopRequest
 from pretrain.run.folder import RunFolder

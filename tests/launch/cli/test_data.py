@@ -13,8 +13,8 @@ from configs.errors import ConfigError, DataError, RunError
 from configs.loading import dump, load
 from data_pipeline.demo import DemoConfig, make
 from data_pipeline.stream import StreamConfig
-from launch.audit import audit_run
 from launch.cli.data import app
+from launch.runs.audit import audit_run
 from pretrain.config import RunConfig
 from tests.data_pipeline.server import faulty_server
 from tests.data_pipeline.sets import numbered_set, sample, write_set

@@ -49,7 +49,7 @@ def test_a_folder_that_may_not_be_written_is_a_line(tmp_path: Path) -> None:
     closed.mkdir(0o555)
     told = subprocess.run(
         [*unprivileged(), sys.executable, "-m", "launch", "report", run, "-o", closed / "r.html"],
-        capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[2],
+        capture_output=True, text=True, timeout=240, check=False, cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert told.returncode == 2 and not list(closed.iterdir())
     assert told.stderr == f"error: {closed / 'r.html'}: can't be written (Permission denied); " \

@@ -17,7 +17,7 @@ from configs.errors import UserError
 from configs.loading import load
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
-from launch.audit import audit_run
+from launch.runs.audit import audit_run
 from pretrain.config import RunConfig
 from pretrain.health.stopping import StopRequest
 from pretrain.run.folder import RunFolder
