@@ -5,8 +5,8 @@
     python benchmarks/golden.py PARENT --mutate         must fail: this tree learns 1.0001 times as fast
 
 Both trees run here and now, one after the other for each cut, because other machines and other builds of
-torch round otherwise. Compared is all that training computes: the loss, the gradient's norm, the rates and the
-objective's own figures. What differs is listed with both values, and the exit code is 1 then.
+torch round otherwise. Compared is all that training computes: the loss, the gradient's norm, the rates and
+the objective's own figures. What differs is listed with both values; the exit code is 1 then.
 """
 
 from __future__ import annotations
