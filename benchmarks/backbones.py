@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +192,7 @@ def step(config: RunConfig, seed: int = 0) -> Objective:
     tokens = torch.randint(1, 200, (BATCH, 9))
     batch = Batch(tuple(views), torch.randint(0, 2**62, (BATCH,)), torch.arange(BATCH), tokens=tokens)
     if objective.needs_whole_share:
-        objective.before_step(batch, CLOCK)
+        batch = replace(batch, prepared=objective.before_step(batch, CLOCK))
     loss = objective(batch, CLOCK).loss
     assert loss.isfinite(), f"a loss of {float(loss)}"
     loss.backward()

@@ -24,6 +24,7 @@ class LossOutput(NamedTuple):
 
     loss: Tensor  # () float32: mean over the micro-batch
     metrics: Mapping[str, Tensor]  # () tensors on the device, detached: averaged over ranks when they are due
+    rows: tuple[Tensor, ...] = ()  # each (B, ...): what `after_step` is to know of every sample
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,24 @@ class Objective(nn.Module, ABC):
 
     needs_whole_share: ClassVar[bool] = False  # whether `before_step` is to be called
 
-    def before_step(self, share: Batch, progress: Progress) -> None:
+    def before_step(self, share: Batch, progress: Progress) -> tuple[Tensor, ...]:
         """What a step needs of all its samples before their micro-batches come: keys, targets. No gradient.
 
-        Collective; `share` is this rank's part of the global batch, its views as `forward` gets them.
+        Collective; `share` is this rank's part of the global batch, its views as `forward` gets them. Each
+        tensor is (B, ...), row i made of sample i: they ride as `batch.prepared` and are cut with the
+        samples. Nothing of a step is kept on the module: a step that is skipped then leaves nothing.
         """
+        return ()
 
     @abstractmethod
     def param_groups(self) -> list[ParamGroup]: ...
 
-    def after_step(self, update: Update, progress: Progress) -> None:
-        """Teacher, queue, clamps: called after an applied step, never after a skipped one."""
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
+        """Teacher, queue, clamps: called after an applied step, never after a skipped one.
+
+        `output` is that of this rank's whole share: `output.rows` has a row for each of its samples, in the
+        order of the share, detached.
+        """
 
     def judge(self, batch: Batch) -> Mapping[str, Tensor]:
         """Figures of the pretext task itself on held-out data, () tensors: means over the batch."""
@@ -99,7 +107,8 @@ class WholeBatchObjective(Objective):
 
     Where a rank's share is larger than a micro-batch, embeddings are computed micro-batch by micro-batch and
     only they are kept; the backward pass computes each micro-batch again (GradCache, Gao et al. 2021,
-    arXiv:2101.06983 §3). Gradients equal the uncut ones. The cut is at the output of `embed`.
+    arXiv:2101.06983 §3). Gradients equal the uncut ones. The cut is at the output of `embed`. What `loss`
+    needs of `batch.prepared` goes through `embed`, as one of the embeddings.
     """
 
     micro_batch_size: int | None = None  # None: the whole share at once, nothing computed twice

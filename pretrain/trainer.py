@@ -44,7 +44,7 @@ class Trainer:
 
             if update is not None:
                 progress = progress.applied()
-                self.objective.after_step(update, progress)
+                self.objective.after_step(update, progress, output)
             seconds = waited + time.perf_counter() - started
             self.enter(BEYOND_STEPS)
             if update is None:

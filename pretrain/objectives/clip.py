@@ -173,7 +173,7 @@ class CLIP(WholeBatchObjective):
             found["logit_bias"] = self.logit_bias[0].detach().float()
         return found
 
-    def after_step(self, update: Update, progress: Progress) -> None:
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
         """Bound the scale through the engine: the fp32 master would undo a clamp of the working copy."""
         update.clamp(self.logit_scale, MAX_LOG_SCALE, MIN_LOG_SCALE)
 

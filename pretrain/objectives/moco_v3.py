@@ -138,7 +138,7 @@ class MoCoV3(WholeBatchObjective):
     def momentum_at(self, progress: Progress) -> float:
         return teacher.momentum_at(progress.fraction, self.config.momentum)
 
-    def after_step(self, update: Update, progress: Progress) -> None:
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
         momentum = self.momentum_at(progress)
         update.lerp(self.teacher_encoder, self.encoder, momentum)
         update.lerp(self.teacher_projector, self.projector, momentum)

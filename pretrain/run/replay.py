@@ -115,7 +115,7 @@ def _replay(
                 yield _told(step, position, batch, output, update, watched)
             if update is not None:
                 progress = progress.applied()
-                objective.after_step(update, progress)
+                objective.after_step(update, progress, output)
             if came is not None:
                 came(progress.step - first, step - first)
     finally:

@@ -126,10 +126,11 @@ def train(
     if folder is not None and folder.exists():
         first = engine.load(folder)["step"]
     for step in range(first, steps):
-        losses.append(float(accumulate(engine, batch(name), START).loss))
+        output = accumulate(engine, batch(name), START)
+        losses.append(float(output.loss))
         update = engine.step(StepSettings(lr=1e-3, weight_decay=0.05))
         if update is not None:
-            built.after_step(update, START)
+            built.after_step(update, START, output)
         if folder is not None and not folder.exists() and step + 1 == steps // 2:
             folder.mkdir()
             engine.save(folder, {"step": step + 1})

@@ -51,7 +51,7 @@ class FakeObjective:
     def __init__(self) -> None:
         self.updated: list[int] = []
 
-    def after_step(self, update: Update, progress: Progress) -> None:
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
         self.updated.append(progress.step)
 
 

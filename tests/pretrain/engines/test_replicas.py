@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from configs.errors import RunError
 from data_pipeline.types import Batch
@@ -96,8 +97,8 @@ class Reader(Tiny):
 
     needs_whole_share = True
 
-    def before_step(self, share: Batch, progress: Progress) -> None:
-        share.views[0].flatten(1) @ self.encoder[0].weight.T
+    def before_step(self, share: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        return (share.views[0].flatten(1) @ self.encoder[0].weight.T,)
 
 
 def reads(stage: int) -> list[str]:

@@ -47,7 +47,7 @@ class Tiny(Objective):
             ParamGroup([(n, p) for n, p in named if p.ndim == 1], weight_decay_scale=0.0, lr_scale=0.5),
         ]
 
-    def after_step(self, update: Update, progress: Progress) -> None:
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
         update.lerp(self.teacher, self.encoder, momentum=0.9)
         update.assign(self.scale, torch.full((1,), 1.0 + 0.01 * progress.step))
         self.queue.add_(1.0)
@@ -98,7 +98,7 @@ def train(
             total += output.loss.detach() / accumulation
         update = engine.step(SETTINGS)
         if update is not None:
-            objective.after_step(update, progress.applied())
+            objective.after_step(update, progress.applied(), output)
         torch.distributed.all_reduce(total)
         losses.append(float(total) / here.world_size)
     return losses

@@ -192,10 +192,11 @@ def scale_after(stage: int, up: bool) -> list[float]:
     found = []
     for step, rate in enumerate((1.0, 0.0)):
         share = list(batch_of().split(8 // here.world_size))[here.rank]
-        engine.backward(engine.forward(share, CLOCK).loss)
+        output = engine.forward(share, CLOCK)
+        engine.backward(output.loss)
         update = engine.step(StepSettings(lr=rate, weight_decay=0.0))
         assert update is not None
-        model.after_step(update, Progress(step + 1, 0, 10, 100))
+        model.after_step(update, Progress(step + 1, 0, 10, 100), output)
         with engine.whole_parameters() as whole:
             found.append(float(whole.get_parameter("logit_scale")))
     engine.close()

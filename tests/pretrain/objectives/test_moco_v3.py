@@ -69,7 +69,8 @@ def test_a_step_is_the_papers_algorithm(encoder: EncoderConfig, temperature: flo
         for p in [*model.teacher_encoder.parameters(), *model.teacher_projector.parameters()]:
             p.mul_(1.1)
     again = copy.deepcopy(model)
-    loss = model(batch, CLOCK).loss
+    output = model(batch, CLOCK)
+    loss = output.loss
     loss.backward()
 
     plain = copy.deepcopy(again).double()
@@ -89,7 +90,7 @@ def test_a_step_is_the_papers_algorithm(encoder: EncoderConfig, temperature: flo
             assert p.grad is None
 
     before = copy.deepcopy(model.teacher_encoder)
-    model.after_step(PlainUpdate(), CLOCK)
+    model.after_step(PlainUpdate(), CLOCK, output)
     momentum = 1 - 0.5 * (1 + math.cos(math.pi * 0.5)) * 0.01
     assert momentum == pytest.approx(model.momentum_at(CLOCK))
     for t, old, s in zip(

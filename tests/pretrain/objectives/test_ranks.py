@@ -99,7 +99,7 @@ def trace(name: str, stage: int, accumulation: int, optimizer: str) -> Trace:
         update = engine.step(StepSettings(lr=rate, weight_decay=0.0))
         assert update is not None
         clock = clock.consumed(BATCH).applied()
-        objective.after_step(update, clock)
+        objective.after_step(update, clock, output)
         losses.append(collectives.all_reduce_mean({"loss": output.loss})["loss"].item())
         states.append(whole())
     trained = {key for key, p in objective.named_parameters() if p.requires_grad}
