@@ -21,6 +21,7 @@ from pretrain.encoders.torchvision_compat import ensure_torchvision
 from tests.forkserver import ForkServer
 from tests.selection import (  # noqa: F401  hooks
     pytest_collection_modifyitems,
+    pytest_report_to_serializable,
     pytest_runtest_makereport,
     pytest_runtest_setup,
     pytest_xdist_make_scheduler,

@@ -60,3 +60,10 @@ def test_it(n):
     assert all(len(where) == 1 for where in workers.values()), ran
     assert workers["slurm"] != workers["c"] == workers["d"]
     assert {name for name, _ in ran[:2]} == {"slurm", "c"}
+
+
+@pytest.mark.parametrize("outcome", ["passed", "failed"])
+def test_names_in_any_bytes_dont_end_a_run_in_two_processes(tmp_path: Path, outcome: str) -> None:
+    body = f"def test_it():\n    print('caf\\udce9')\n    assert {outcome == 'passed'}, 'caf\\udce9'\n"
+    done = run(tmp_path, body, "--numprocesses=2")
+    assert f"1 {outcome}" in done.stdout and "INTERNALERROR" not in done.stdout, done.stdout
