@@ -8,8 +8,8 @@ from tests.architecture import house
 
 OPEN = {
     "pretrain": {
-        "config", "trainer", "accumulation", "checkpoint", "collectives", "optimizers", "schedules", "clock",
-        "objective", "ports", "finetune",
+        "api", "config", "trainer", "accumulation", "checkpoint", "collectives", "optimizers", "schedules",
+        "clock", "objective", "ports", "finetune",
     },
     "launch": {"__main__", "doctor", "progress"},
 }  # fmt: skip

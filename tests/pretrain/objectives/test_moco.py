@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn import functional
 
 from configs.errors import ConfigError
@@ -16,6 +15,7 @@ from pretrain import encoders
 from pretrain.accumulation import mean_of
 from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig
+from pretrain.engines.plain import PlainUpdate
 from pretrain.objective import BuildContext
 from pretrain.objectives.moco import MoCo, MoCoConfig
 
@@ -42,21 +42,7 @@ def clock(step: int = 0) -> Progress:
     return Progress(step=step, samples=8 * step, total_steps=10, dataset_size=100)
 
 
-class PlainUpdate:
-    """What an engine offers after an applied step, on one rank without ZeRO."""
-
-    grad_norm = torch.tensor(1.0)
-
-    @torch.no_grad()
-    def lerp(self, teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-        for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-            t.copy_(momentum * t + (1 - momentum) * s)
-
-    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.data.copy_(value)
-
-    def clamp(self, parameter: nn.Parameter, highest: float, lowest: float | None = None) -> None:
-        parameter.data.clamp_(lowest, highest)
+UPDATE = PlainUpdate(torch.tensor(1.0))
 
 
 def prepared(moco: MoCo, batch: Batch) -> Batch:
@@ -84,7 +70,7 @@ def test_a_step_is_the_papers_algorithm() -> None:
         want.append(logits.logsumexp(0) - logits[0])
     torch.testing.assert_close(loss, torch.stack(want).mean(), rtol=1e-5, atol=1e-5)
 
-    moco.after_step(PlainUpdate(), clock(1), output)
+    moco.after_step(UPDATE, clock(1), output)
     torch.testing.assert_close(moco.queue.keys[:8], k)
     assert torch.equal(moco.queue.keys[8:], queue[8:])
     for t, old, s in zip(
@@ -104,7 +90,7 @@ def test_accumulation_sees_the_old_queue_and_fills_it_once() -> None:
     ]
     for moco, output in zip((whole, parts), map(mean_of, outputs), strict=True):
         torch.testing.assert_close(output.loss, outputs[0][0].loss)
-        moco.after_step(PlainUpdate(), clock(1), output)
+        moco.after_step(UPDATE, clock(1), output)
         assert moco.queue.written.item() == 8
     torch.testing.assert_close(whole.queue.keys, parts.queue.keys)
 
@@ -126,7 +112,7 @@ def test_a_skipped_step_leaves_nothing() -> None:
     assert set(vars(moco)) == kept
     assert all(torch.equal(before[name], value) for name, value in moco.state_dict().items())
     output = moco(prepared(moco, batch_of(8, seed=2)), clock(1))
-    moco.after_step(PlainUpdate(), clock(2), output)
+    moco.after_step(UPDATE, clock(2), output)
     assert moco.queue.written.item() == 8
 
 
