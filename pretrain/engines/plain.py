@@ -69,7 +69,7 @@ class PlainEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's part of the gradient of their mean."""
-        (loss / self.accumulation).backward()
+        torch.autograd.backward(loss / self.accumulation)
 
     def step(self, settings: StepSettings) -> PlainUpdate | None:
         """Apply the gradients; None, with nothing changed, where they aren't finite."""
