@@ -35,7 +35,7 @@ def test_other_code_is_another_snapshot(tmp_path: Path, monkeypatch: pytest.Monk
     changed.write_text("changed\n")
     monkeypatch.setattr(snapshot, "_files", lambda: files | {"launch/slurm/task.py": changed})
     second = snapshot.take(tmp_path)
-    assert second != first and (second / "launch" / "task.py").read_text() == "changed\n"
+    assert second != first and (second / "launch" / "slurm" / "task.py").read_text() == "changed\n"
 
 
 def test_no_place_for_it_is_a_line(tmp_path: Path) -> None:
