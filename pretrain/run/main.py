@@ -120,7 +120,7 @@ def train(folder: RunFolder, stop: StopRequest, console: TextIO | None = None, *
     """Train the run of `folder` as the rank that the environment describes; collective.
 
     The future of the run follows from its newest valid checkpoint and RUN/config.yaml alone. `console` is
-    where rank 0 draws progress, `outside` more of `pretrain.run.main.attempt.Outside`.
+    where rank 0 draws progress, `outside` more of `attempt.Outside`.
     """
     config = loading.load(folder.config_file, RunConfig)
     torch.set_num_threads(config.run.threads)

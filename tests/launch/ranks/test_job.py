@@ -64,8 +64,8 @@ def test_a_second_ctrl_c_kills() -> None:
 
 LATE = """
 import atexit, os, signal, sys
-from launch import job
-from pretrain import run
+from launch.ranks import job
+from pretrain.run import main as run
 run.train = lambda folder, stop, console, **outside: "terminated"
 sys.argv = ["job", sys.argv[1]]
 done = job.job

@@ -570,7 +570,7 @@ def test_resume_takes_what_ended_against_its_users_will(
         submitted.append([folder.name for folder in folders])
         return [str(number) for number in range(len(folders))]
 
-    monkeypatch.setattr("launch.slurm.executor.submit.submit", submit)
+    monkeypatch.setattr("launch.slurm.submit.submit", submit)
     listed = json.loads(keel("resume", tmp_path, "--dry-run", "--json")[1])
     assert [Path(run["run"]).name for run in listed] == ["failed", "lost", "preempted"]
     assert submitted == []

@@ -31,7 +31,7 @@ def four_ranks(root: str) -> tuple[list[dict[str, float]], list[str]]:
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("pretrain.health.health.stragglers").addHandler(handler)
+    logging.getLogger("pretrain.health.stragglers").addHandler(handler)
     each = Stragglers(2, Path(root), lambda progress, figures: told.append(dict(figures)))
     waited = 0.5 if here.rank == 2 else 0.1
     for step in range(1, 6):
