@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,15 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from configs.loading import load
 from data_pipeline.types import Batch
-from pretrain import encoders, export
+from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, weights
-from pretrain.evaluators.subject import evaluation_view
-from pretrain.export_check import TOLERANCE
-from pretrain.export_open import open_timm
-from pretrain.types import BuildContext, Objective, Progress
+from pretrain.export import timm_folder
+from pretrain.export.check import TOLERANCE
+from pretrain.export.open import open_timm
+from pretrain.judging.subject import evaluation_view
+from pretrain.objective import BuildContext, Objective
 
 OBJECTIVES = ("moco", "moco_v3", "clip", "siglip", "mae")
 """Names of smoke configs: an objective's name, or its second loss's."""
@@ -190,7 +192,7 @@ def step(config: RunConfig, seed: int = 0) -> Objective:
     tokens = torch.randint(1, 200, (BATCH, 9))
     batch = Batch(tuple(views), torch.randint(0, 2**62, (BATCH,)), torch.arange(BATCH), tokens=tokens)
     if objective.needs_whole_share:
-        objective.before_step(batch, CLOCK)
+        batch = replace(batch, prepared=objective.before_step(batch, CLOCK))
     loss = objective(batch, CLOCK).loss
     assert loss.isfinite(), f"a loss of {float(loss)}"
     loss.backward()
@@ -207,8 +209,8 @@ def export_cell(config: RunConfig, folder: Path) -> None:
     assert isinstance(size, tuple)
     encoder = step(config).encoder
     view = evaluation_view(config.views(size)[0], config.encoder.crop)
-    backbone = export.Backbone(encoder, config.encoder, view)
-    export.write(backbone, folder)
+    backbone = timm_folder.Backbone(encoder, config.encoder, view)
+    timm_folder.write(backbone, folder)
     images = torch.randn(2, view.channels, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         trained = encoders.features(encoder, images)
@@ -265,16 +267,16 @@ def reopen_all(folders: Sequence[Path]) -> dict[Path, float]:
 
 def in_this_process() -> None:
     """Let `export.write` check an export here, at once; `reopen_all` does it in a fresh process for all."""
-    from pretrain import export_reopen
+    from pretrain.encoders import reopen
 
-    def reopened(folder: Path, images: Tensor, form: export.Format = "timm") -> dict[str, Tensor]:
+    def reopened(folder: Path, images: Tensor, form: timm_folder.Format = "timm") -> dict[str, Tensor]:
         import timm
 
         model: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         with torch.no_grad():
-            return {"features": model(images), "tokens": export_reopen.tokens(model, images)}
+            return {"features": model(images), "tokens": reopen.tokens(model, images)}
 
-    export._reopened = reopened
+    timm_folder._reopened = reopened
 
 
 def run_cell(architecture: Architecture, objective: str, folder: Path) -> dict[str, Any]:

@@ -25,10 +25,12 @@ import torch
 from data_pipeline.types import Batch
 from pretrain import encoders
 from pretrain.checkpoint import CheckpointConfig, Checkpointer
+from pretrain.clock import Duration, Progress
 from pretrain.encoders import EncoderConfig
 from pretrain.engines import deepspeed, processes
+from pretrain.objective import LossOutput, Objective, ParamGroup, trainable
 from pretrain.optimizers import OptimizerConfig
-from pretrain.types import Duration, LossOutput, Objective, ParamGroup, Progress, StepSettings, trainable
+from pretrain.ports import StepSettings
 
 BOUND = 0.10
 

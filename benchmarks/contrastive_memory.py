@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pretrain import losses
+from pretrain.losses import contrastive
 from pretrain.objectives.clip import CLIPConfig
 
 MEMORY, TIME = 1 / 8, 1.3
@@ -35,7 +35,7 @@ def plain_softmax(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) ->
 
 
 def tiled_softmax(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    over_texts, over_images = losses.log_sums(images, texts, scale, _chunk())
+    over_texts, over_images = contrastive.log_sums(images, texts, scale, _chunk())
     positive = scale * (images * texts).sum(dim=1)
     return ((over_texts - positive).mean() + (over_images - positive).mean()) / 2
 
@@ -47,7 +47,7 @@ def plain_sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) ->
 
 
 def tiled_sigmoid(images: Tensor, texts: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    return losses.sigmoid_pairs(images, texts, scale, bias, first=0, chunk=_chunk())
+    return contrastive.sigmoid_pairs(images, texts, scale, bias, first=0, chunk=_chunk())
 
 
 def _chunk() -> int:

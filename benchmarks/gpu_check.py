@@ -25,9 +25,10 @@ from data_pipeline.augment import device_half
 from data_pipeline.types import Batch
 from pretrain import encoders
 from pretrain.accumulation import accumulate_for
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.engines import deepspeed, processes
-from pretrain.types import BuildContext, Objective, Progress
+from pretrain.objective import BuildContext, Objective
 
 CLAIM = "configs/mae/vitb16_in1k_800ep.yaml"
 PEAK_TFLOPS = {

@@ -21,17 +21,17 @@ import torch
 from rich.console import Console
 
 from configs.loading import load
-from launch.demo import own_settings
-from launch.demo_findings import Findings, Row, judge, labelled, table, validation
-from launch.local import launch
-from pretrain import trained
-from pretrain.augmentation import Augmentation
+from launch.demo.demo import own_settings
+from launch.demo.findings import Findings, Row, judge, labelled, table, validation
+from launch.ranks.local import launch
+from pretrain.clock import Duration
 from pretrain.config import RunConfig
 from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy
 from pretrain.optimizers import OptimizerConfig
-from pretrain.run import prepare
-from pretrain.trained import Trained
-from pretrain.types import Duration
+from pretrain.parts.augmentation import Augmentation
+from pretrain.run import trained
+from pretrain.run.main import prepare
+from pretrain.run.trained import Trained
 
 SHOTS = 10
 """Labels a class that MAE is fine-tuned on."""

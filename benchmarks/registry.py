@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launch.registry import list_runs
+from launch.runs.registry import list_runs
 
 AIM = 3.0
 """Seconds for the command, start of Python included."""

@@ -3,7 +3,7 @@
     python benchmarks/resume_time.py [--samples 24000] [--repeats 5]
 
 A tiny MAE trains on the demo's shapes, really up to both places. Each resume is a process of its own: counted
-from the call of `pretrain.run.prepare` (imports left out) until the first row of metrics is written: checks
+from the call of `prepare` (imports left out) until the first row of metrics is written: checks
 of config, data and checkpoint, model, engine, loader, the first batch and its step. Medians, the two places
 in turn. Fails where 90 % takes more than 1.2 times what 1 % takes.
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 
 from configs.loading import load
 from pretrain.config import RunConfig
-from pretrain.health import StopRequest
-from pretrain.run import prepare, train
+from pretrain.health.stopping import StopRequest
+from pretrain.run.main import prepare, train
 
 BOUND, BATCH = 1.2, 100
 

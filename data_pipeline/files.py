@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -48,3 +49,21 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write `content` to `path`, whole or not at all."""
     with published(path) as file:
         file.write(content)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside, flush to disk, rename: a reader sees the old file or the new one, never a part.
+
+    Raises OSError with the file's name; then nothing is left beside it.
+    """
+    if not path.parent.is_dir():  # a run whose folder was removed meanwhile isn't to make it again
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise of_file(path, error) from error
+
+
+def of_file(path: Path, error: OSError) -> OSError:
+    """The same error, saying whose it is: a write that fails doesn't."""
+    return OSError(error.errno, error.strerror, str(path))

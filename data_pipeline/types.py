@@ -115,6 +115,7 @@ class Batch:
     index: Tensor  # (B,) int64: the sample's stable number in the manifest
     target: Tensor | None = None  # (B,) int64: class label
     tokens: Tensor | None = None  # (B, L) int64: caption
+    prepared: tuple[Tensor, ...] = ()  # each (B, ...): what an objective's `before_step` made of the samples
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -140,4 +141,5 @@ class Batch:
             index=change(self.index),
             target=optional(self.target),
             tokens=optional(self.tokens),
+            prepared=tuple(change(rows) for rows in self.prepared),
         )

@@ -1,5 +1,5 @@
 """`python -m launch` is `keel`."""
 
-from launch.cli import main
+from launch.cli.main import main
 
 main()

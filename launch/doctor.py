@@ -26,16 +26,17 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import lacks_demo, require_own_places
 from data_pipeline.read import Reader
 from data_pipeline.remote import size_of
-from launch import queue, slurm
-from launch.cluster import ClusterConfig
-from launch.network import interfaces
-from launch.registry import look
-from launch.run_files import tail
-from pretrain import start, trained
+from launch.runs import queue
+from launch.runs.files import tail
+from launch.runs.registry import look
+from launch.slurm import executor
+from launch.slurm.cluster import ClusterConfig
+from launch.slurm.network import interfaces
 from pretrain.config import RunConfig, refused_changes
 from pretrain.encoders import torchvision_compat
 from pretrain.engines.processes import MemoryEstimate, memory_estimate
-from pretrain.plan import Plan
+from pretrain.run import starting_weights, trained
+from pretrain.run.plan import Plan
 from pretrain.tracking.wandb import has_key
 
 SHARDS, SAMPLES = 64, 16
@@ -235,7 +236,7 @@ def _weights(patient: Patient) -> Iterator[Check]:
     if (root / "config.yaml").is_file():
         yield Check("weights", "pass", f"{encoder.weights}: the run has begun, and they aren't read again")
         return
-    opened = start.opened(encoder, trained.image_size(patient.config))
+    opened = starting_weights.opened(encoder, trained.image_size(patient.config))
     assert opened is not None
     yield Check("weights", "pass", f"{encoder.weights}: {opened[1]}")
 
@@ -356,7 +357,7 @@ def _queue(patient: Patient) -> Iterator[Check]:
     if cluster is None or cluster.executor != "slurm":
         return
     folder = patient.config.run.dir
-    script = slurm.script(cluster, folder=folder / "submitit", code=folder / "code", name="keel-doctor")
+    script = executor.script(cluster, folder=folder / "submitit", code=folder / "code", name="keel-doctor")
     taken, said = queue.would_accept(script)
     if taken is None:
         yield Check("queue", "warn", said, "run keel doctor where jobs are submitted from")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
-from pretrain.types import Engine, LossOutput, Objective, Progress, WholeBatchObjective
+from pretrain.clock import Progress
+from pretrain.objective import LossOutput, Objective, WholeBatchObjective
+from pretrain.ports import Engine
 
 Prepare = Callable[[Batch], Batch]
 """The device half of the views: uint8 to normalised float32."""
@@ -22,31 +25,53 @@ class SumOfMicroBatches:
         self.objective, self.micro_batch_size, self.prepare = objective, micro_batch_size, prepare
 
     def __call__(self, engine: Engine, batch: Batch, progress: Progress) -> LossOutput:
-        """Forward and backward over this rank's share; gives its mean loss and metrics, detached."""
+        """Forward and backward over this rank's share; gives its mean loss, metrics and rows, detached."""
         batch, prepare = batch.to(engine.device), self.prepare
         if self.objective.needs_whole_share:
-            batch, prepare = prepare(batch), lambda micro_batch: micro_batch
-            with torch.no_grad(), _explained(self.objective):
-                self.objective.before_step(batch, progress)
+            batch = _prepared(self.objective, prepare(batch), progress)
+            prepare = _nothing_more
         outputs = []
         for micro_batch in batch.split(self.micro_batch_size):
             output = engine.forward(prepare(micro_batch), progress)
             engine.backward(output.loss)
-            outputs.append(LossOutput(output.loss.detach(), output.metrics))
+            outputs.append(_detached(output))
         return mean_of(outputs)
 
 
 class WholeShare:
     """For losses over the whole batch: one forward of this rank's share, which cuts itself where it may."""
 
-    def __init__(self, prepare: Prepare) -> None:
-        self.prepare = prepare
+    def __init__(self, objective: Objective, prepare: Prepare) -> None:
+        self.objective, self.prepare = objective, prepare
 
     def __call__(self, engine: Engine, batch: Batch, progress: Progress) -> LossOutput:
-        """Forward and backward over this rank's share; gives its loss and metrics, detached."""
-        output = engine.forward(self.prepare(batch.to(engine.device)), progress)
+        """Forward and backward over this rank's share; gives its loss, metrics and rows, detached."""
+        batch = self.prepare(batch.to(engine.device))
+        if self.objective.needs_whole_share:
+            batch = _prepared(self.objective, batch, progress)
+        output = engine.forward(batch, progress)
         engine.backward(output.loss)
-        return LossOutput(output.loss.detach(), output.metrics)
+        return _detached(output)
+
+
+def _nothing_more(batch: Batch) -> Batch:
+    return batch
+
+
+def _prepared(objective: Objective, share: Batch, progress: Progress) -> Batch:
+    """The share with what `before_step` makes of it. Raises ValueError where rows aren't the samples'."""
+    with torch.no_grad(), _explained(objective):
+        prepared = objective.before_step(share, progress)
+    for rows in prepared:
+        if len(rows) != len(share):
+            raise ValueError(
+                f"{type(objective).__name__}.before_step gave {len(rows)} rows for {len(share)} samples"
+            )
+    return replace(share, prepared=prepared)
+
+
+def _detached(output: LossOutput) -> LossOutput:
+    return LossOutput(output.loss.detach(), output.metrics, tuple(rows.detach() for rows in output.rows))
 
 
 Accumulate = SumOfMicroBatches | WholeShare
@@ -59,22 +84,17 @@ def accumulate_for(objective: Objective, micro_batch_size: int, prepare: Prepare
     """
     require_called(objective)
     if isinstance(objective, WholeBatchObjective):
-        return WholeShare(prepare)
+        return WholeShare(objective, prepare)
     return SumOfMicroBatches(objective, micro_batch_size, prepare)
 
 
 def require_called(objective: Objective) -> None:
     """Refuse a `before_step` that would never be called. Raises `ConfigError`."""
-    name, overridden = type(objective).__name__, type(objective).before_step is not Objective.before_step
-    if isinstance(objective, WholeBatchObjective) and (overridden or objective.needs_whole_share):
-        raise ConfigError(
-            f"objective.name: {name} is a WholeBatchObjective, whose before_step isn't called: `loss` has "
-            "this rank's whole share in its hands; do it there, or derive from Objective"
-        )
+    overridden = type(objective).before_step is not Objective.before_step
     if overridden and not objective.needs_whole_share:
         raise ConfigError(
-            f"objective.name: {name} has a before_step that isn't called; set needs_whole_share = True in "
-            "its class"
+            f"objective.name: {type(objective).__name__} has a before_step that isn't called; set "
+            "needs_whole_share = True in its class"
         )
 
 
@@ -96,9 +116,9 @@ def _explained(objective: Objective) -> Iterator[None]:
 
 
 def mean_of(outputs: list[LossOutput]) -> LossOutput:
-    """Mean of equal micro-batches, as device tensors."""
+    """Mean of equal micro-batches as device tensors, their rows one after the other."""
     loss = torch.stack([output.loss for output in outputs]).mean()
     names = outputs[0].metrics.keys()
-    return LossOutput(
-        loss, {name: torch.stack([output.metrics[name] for output in outputs]).mean() for name in names}
-    )
+    metrics = {name: torch.stack([output.metrics[name] for output in outputs]).mean() for name in names}
+    rows = tuple(torch.cat(parts) for parts in zip(*(output.rows for output in outputs), strict=True))
+    return LossOutput(loss, metrics, rows)

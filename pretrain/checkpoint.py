@@ -33,12 +33,12 @@ import torch.distributed as dist
 
 from configs.errors import RunError
 from configs.loading import Config
+from pretrain.clock import Duration, Progress
 from pretrain.collectives import Agreement, from_main
 from pretrain.engines import storage
-from pretrain.types import Duration, Engine, Progress, StagedState, StepReport, StopReason
+from pretrain.ports import Engine, StagedState, StepReport, StopReason
 
 log = logging.getLogger(__name__)
-
 _NAME = re.compile(r"step-(?P<step>\d{8,})-a(?P<attempt>\d{2,})")
 _UNFINISHED = ".unfinished-"
 _PINS = "pins.json"

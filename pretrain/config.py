@@ -15,13 +15,14 @@ from data_pipeline.config import DataConfig
 from data_pipeline.types import ViewSpec
 from pretrain import objectives
 from pretrain.checkpoint import CheckpointConfig
+from pretrain.clock import Duration
 from pretrain.encoders import EncoderConfig
 from pretrain.engines.config import Device, EngineConfig, require_devices
 from pretrain.evaluators import EvaluatorConfig, evaluator_config_type
-from pretrain.health import HealthConfig
+from pretrain.health.health import HealthConfig
+from pretrain.objective import ObjectiveConfig
 from pretrain.optimizers import OptimizerConfig
 from pretrain.tracking import TrackConfig
-from pretrain.types import Duration, ObjectiveConfig
 
 ChosenObjective = pydantic.SerializeAsAny[
     Annotated[ObjectiveConfig, chosen_by("name", objectives.config_type)]

@@ -29,17 +29,18 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
 from data_pipeline.transform import device_half
 from data_pipeline.types import IMAGENET_MEAN, IMAGENET_STD, Batch, CenterCrop, ViewSpec
-from pretrain import encoders, trained
-from pretrain.augmentation import Augmentation
+from pretrain import encoders
+from pretrain.clock import Duration, Progress
 from pretrain.encoders import EncoderConfig, hub, registered, weights
 from pretrain.encoders.finetuning import classifier, erasing, layerwise_groups, mixing
 from pretrain.evaluators.few_shot import draw_labels
-from pretrain.evaluators.subject import evaluation_view
-from pretrain.export_open import open_timm
-from pretrain.folder import RunFolder
+from pretrain.export.open import open_timm
+from pretrain.judging.subject import evaluation_view
 from pretrain.optimizers import OptimizerConfig
-from pretrain.precision import autocast
-from pretrain.types import Duration, Progress
+from pretrain.parts.augmentation import Augmentation
+from pretrain.parts.precision import autocast
+from pretrain.run import trained
+from pretrain.run.folder import RunFolder
 
 NEEDS = frozenset({"views", "target"})
 

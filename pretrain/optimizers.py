@@ -12,8 +12,10 @@ from torch import nn
 
 from configs.errors import ConfigError
 from configs.loading import Config
+from pretrain.clock import Duration, Progress
+from pretrain.objective import ParamGroup, trainable
+from pretrain.ports import StepSettings
 from pretrain.schedules import ScheduleName, WarmupStart, dropped, half_cosine, warmup_then
-from pretrain.types import Duration, ParamGroup, Progress, StepSettings, trainable
 
 Schedule = Callable[[Progress], StepSettings]
 MakeOptimizer = Callable[[Sequence[ParamGroup]], torch.optim.Optimizer]

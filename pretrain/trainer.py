@@ -7,18 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from data_pipeline.types import Batch
-from pretrain.health import Health, Stopping
-from pretrain.types import (
-    BEYOND_STEPS,
-    Engine,
-    Listener,
-    LossOutput,
-    Objective,
-    Progress,
-    StepReport,
-    StepSettings,
-    StopReason,
-)
+from pretrain.clock import Progress
+from pretrain.health.health import Health
+from pretrain.health.stopping import Stopping
+from pretrain.objective import LossOutput, Objective
+from pretrain.ports import BEYOND_STEPS, Engine, Listener, StepReport, StepSettings, StopReason
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Trainer:
 
             if update is not None:
                 progress = progress.applied()
-                self.objective.after_step(update, progress)
+                self.objective.after_step(update, progress, output)
             seconds = waited + time.perf_counter() - started
             self.enter(BEYOND_STEPS)
             if update is None:

@@ -24,14 +24,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 ELSEWHERE = {
-    "make demo": "takes minutes; tests/launch/test_demo.py runs a small one",
+    "make demo": "takes minutes; tests/launch/demo/test_demo.py runs a small one",
     "make test": "runs this",
     "gpu.yaml": "needs a cluster; tests/slurm has one",
     "/shared/runs": "of a cluster",
     "<member>": "of a sweep on a cluster",
     "--metric knn/top1": "of a sweep on a cluster",
     "keel resume": "of a sweep on a cluster",
-    "keel sync": "needs W&B's server; tests/launch/test_sync.py has one",
+    "keel sync": "needs W&B's server; tests/launch/cli/test_sync.py has one",
     "keel data bench": "measures for half a minute",
     "s3://": "of a cloud; tests/data_pipeline/test_s3.py has a server",
 }

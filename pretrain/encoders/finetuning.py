@@ -13,7 +13,7 @@ from configs.errors import ConfigError, RunError
 from pretrain.encoders import EncoderConfig, arguments, build, is_vit
 from pretrain.encoders.torchvision_compat import ensure_torchvision
 from pretrain.encoders.weights import classifiers
-from pretrain.types import ParamGroup
+from pretrain.objective import ParamGroup
 
 
 def classifier(

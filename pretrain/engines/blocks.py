@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.batch_norm import recomputing
+from pretrain.parts.batch_norm import recomputing
 
 Forward = Callable[..., Any]
 

@@ -20,11 +20,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from data_pipeline.types import Batch
+from pretrain.clock import Progress
 from pretrain.engines import blocks, fragments, state
 from pretrain.engines.config import Precision
 from pretrain.engines.processes import Processes
 from pretrain.engines.statistics import Statistics
-from pretrain.types import LossOutput, Objective, ParamGroup, Progress, StepSettings
+from pretrain.objective import LossOutput, Objective, ParamGroup
+from pretrain.ports import StepSettings
 
 
 def initialize(
@@ -142,7 +144,7 @@ class LossScale:
 
 
 class DeepSpeedEngine:
-    """`pretrain.types.Engine` over one DeepSpeed engine."""
+    """`pretrain.ports.Engine` over one DeepSpeed engine."""
 
     def __init__(
         self,
@@ -296,7 +298,7 @@ def _without_effect(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 @dataclass
 class ZeroUpdate:
-    """An applied update; see `pretrain.types.Update`."""
+    """An applied update; see `objective.Update`."""
 
     grad_norm: Tensor  # () float32, before clipping
     _shards: Sequence[fragments.Shard]

@@ -7,7 +7,7 @@ import importlib
 import pkgutil
 
 from configs.loading import only_class
-from pretrain.evaluators.subject import EvaluatorConfig
+from pretrain.judging.subject import EvaluatorConfig
 
 
 def kinds() -> list[str]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
-from pretrain.types import Scores
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject
+from pretrain.ports import Scores
 
 
 class EffectiveRankConfig(EvaluatorConfig):

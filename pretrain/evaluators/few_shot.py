@@ -17,9 +17,9 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # c
 
 from configs.errors import ConfigError, DataError
 from pretrain import collectives
-from pretrain.evaluators.features import Features, standardised
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Labels, Subject
-from pretrain.types import Scores
+from pretrain.judging.features import Features, standardised
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Labels, Subject
+from pretrain.ports import Scores
 
 Array = np.ndarray[Any, Any]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from configs.errors import ConfigError
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject, mean_over_set
-from pretrain.types import Scores
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject, mean_over_set
+from pretrain.ports import Scores
 
 
 class HeldOutConfig(EvaluatorConfig):

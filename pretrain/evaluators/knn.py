@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 
 from configs.errors import ConfigError
 from pretrain import collectives
-from pretrain.evaluators.features import Features
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Labels, Subject
-from pretrain.types import Scores
+from pretrain.judging.features import Features
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Labels, Subject
+from pretrain.ports import Scores
 
 _LEAST = -80.0
 """Logarithm of the smallest vote against the nearest neighbour's: what float32 holds."""

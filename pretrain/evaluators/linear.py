@@ -18,9 +18,9 @@ from torch import Tensor
 
 from configs.errors import ConfigError
 from pretrain import collectives
-from pretrain.evaluators.features import Features, fixed_fifth, standardised
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Labels, Subject
-from pretrain.types import Scores
+from pretrain.judging.features import Features, fixed_fifth, standardised
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Labels, Subject
+from pretrain.ports import Scores
 
 
 class LinearConfig(EvaluatorConfig):

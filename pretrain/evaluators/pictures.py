@@ -20,10 +20,10 @@ from torch import Tensor
 
 from data_pipeline.manifest import Manifest
 from data_pipeline.read import CAPTION_FIELDS
-from pretrain.evaluators import sheets
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
-from pretrain.evaluators.zero_shot import ImageText
-from pretrain.types import Scores
+from pretrain.judging import sheets
+from pretrain.judging.image_text import ImageText
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject
+from pretrain.ports import Scores
 
 
 class PicturesConfig(EvaluatorConfig):

@@ -20,10 +20,10 @@ from data_pipeline.captions import places
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import captions_in_order
 from pretrain import collectives
-from pretrain.evaluators.features import require_finite
-from pretrain.evaluators.subject import Evaluator, EvaluatorConfig, Subject
-from pretrain.evaluators.zero_shot import image_text, require_tokenizer
-from pretrain.types import Scores
+from pretrain.judging.features import require_finite
+from pretrain.judging.image_text import image_text, require_tokenizer
+from pretrain.judging.subject import Evaluator, EvaluatorConfig, Subject
+from pretrain.ports import Scores
 
 _SIMILARITIES = 2**24
 """Most similarities held at once (64 MiB of float32)."""

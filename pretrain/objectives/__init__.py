@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 
 from configs.loading import only_class
-from pretrain.types import ObjectiveConfig
+from pretrain.objective import ObjectiveConfig
 
 
 def names() -> list[str]:

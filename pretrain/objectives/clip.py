@@ -29,22 +29,24 @@ from torch.nn import functional
 
 from configs.errors import ConfigError
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
-from pretrain import collapse, collectives, encoders, losses
-from pretrain.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain import collectives, encoders
+from pretrain.clock import Progress
 from pretrain.encoders import vit
 from pretrain.encoders.text import TextConfig, TextTower
-from pretrain.optimizers import groups_without_decay
-from pretrain.precision import autocast
-from pretrain.types import (
+from pretrain.losses import contrastive
+from pretrain.objective import (
     BuildContext,
     Embeddings,
     LossOutput,
     ObjectiveConfig,
     ParamGroup,
-    Progress,
     Update,
     WholeBatchObjective,
 )
+from pretrain.optimizers import groups_without_decay
+from pretrain.parts import collapse
+from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain.parts.precision import autocast
 
 MAX_LOG_SCALE, MIN_LOG_SCALE = math.log(100), 0.0
 """Bounds of the learnt log scale: the paper's (arXiv:2103.00020 §2.5), and open_clip's (train.py)."""
@@ -151,9 +153,9 @@ class CLIP(WholeBatchObjective):
         first = collectives.rank() * len(images)
         scale, chunk = self.logit_scale.float().exp(), self.config.chunk or len(all_texts)
         if self.config.loss == "sigmoid":
-            loss = losses.sigmoid_pairs(images, all_texts, scale, self.logit_bias, first, chunk)
+            loss = contrastive.sigmoid_pairs(images, all_texts, scale, self.logit_bias, first, chunk)
         else:
-            over_texts, over_own_images = losses.log_sums(images, all_texts, scale, chunk)
+            over_texts, over_own_images = contrastive.log_sums(images, all_texts, scale, chunk)
             over_images = collectives.log_total(over_own_images)[first : first + len(texts)]
             positive = scale * (images * texts).sum(dim=1)
             loss = ((over_texts - positive).mean() + (over_images - positive).mean()) / 2
@@ -171,7 +173,7 @@ class CLIP(WholeBatchObjective):
             found["logit_bias"] = self.logit_bias[0].detach().float()
         return found
 
-    def after_step(self, update: Update, progress: Progress) -> None:
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
         """Bound the scale through the engine: the fp32 master would undo a clamp of the working copy."""
         update.clamp(self.logit_scale, MAX_LOG_SCALE, MIN_LOG_SCALE)
 

@@ -26,11 +26,12 @@ from configs.errors import ConfigError
 from data_pipeline.augment import denormalised
 from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, RandomResizedCrop, ViewSpec
-from pretrain import losses
+from pretrain.clock import Progress
 from pretrain.encoders import vit
+from pretrain.losses import reconstruction
+from pretrain.objective import BuildContext, LossOutput, Objective, ObjectiveConfig, ParamGroup
 from pretrain.optimizers import without_decay_on_vectors
-from pretrain.precision import autocast
-from pretrain.types import BuildContext, LossOutput, Objective, ObjectiveConfig, ParamGroup, Progress
+from pretrain.parts.precision import autocast
 
 MASK = 1000
 """Purpose number of the mask among all that is drawn from a sample's seed."""
@@ -127,7 +128,7 @@ class MAE(Objective):
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
         predicted, target, masked = self.reconstruct(batch)
-        return LossOutput(losses.masked_patch_loss(predicted, target, masked), {})
+        return LossOutput(reconstruction.masked_patch_loss(predicted, target, masked), {})
 
     def reconstruct(self, batch: Batch) -> Reconstruction:
         images = batch.views[0]
@@ -138,7 +139,7 @@ class MAE(Objective):
             predicted = self.decode(encoded, order).float()
         target = vit.patchify(images.float(), self.patch)
         if self.config.normalise_pixels:
-            target = losses.normalise_patches(target)
+            target = reconstruction.normalise_patches(target)
         masked = torch.ones(order.shape, dtype=torch.bool, device=order.device).scatter_(1, visible, False)
         return Reconstruction(predicted, target, masked)
 
@@ -168,8 +169,8 @@ class MAE(Objective):
         predicted, target, masked = self.reconstruct(batch)
         mean_patch = target.mean(dim=(0, 1), keepdim=True).expand_as(target)
         return {
-            "reconstruction_error": losses.masked_patch_loss(predicted, target, masked),
-            "mean_patch_error": losses.masked_patch_loss(mean_patch, target, masked),
+            "reconstruction_error": reconstruction.masked_patch_loss(predicted, target, masked),
+            "mean_patch_error": reconstruction.masked_patch_loss(mean_patch, target, masked),
         }
 
     @torch.no_grad()

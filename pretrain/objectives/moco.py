@@ -29,22 +29,24 @@ from torch.nn import functional
 from configs.errors import ConfigError
 from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch, ViewSpec
-from pretrain import collapse, collectives, encoders, heads, losses, teacher
-from pretrain.augmentation import Augmentation
-from pretrain.batch_norm import Spelled, convert, has_batch_norm, parse, require_samples
-from pretrain.precision import autocast
-from pretrain.queue import Queue
-from pretrain.types import (
+from pretrain import collectives, encoders
+from pretrain.clock import Progress
+from pretrain.losses import contrastive
+from pretrain.objective import (
     BuildContext,
     LossOutput,
     Objective,
     ObjectiveConfig,
     ParamGroup,
-    Progress,
     Update,
     Weights,
     trainable,
 )
+from pretrain.parts import collapse, heads, teacher
+from pretrain.parts.augmentation import Augmentation
+from pretrain.parts.batch_norm import Spelled, convert, has_batch_norm, parse, require_samples
+from pretrain.parts.precision import autocast
+from pretrain.parts.queue import Queue
 
 KEY_ORDER = 1001
 """Purpose number of the keys' permutation among all that is drawn from a seed."""
@@ -103,26 +105,22 @@ class MoCo(Objective):
         self.teacher_encoder, self.teacher_head = teacher.copy_of(self.encoder), teacher.copy_of(self.head)
         self.queue = Queue(config.queue, config.width)
         self.permutes = has_batch_norm(self.encoder)
-        self._keys: Tensor | None = None  # (B, D) of the step under way, in global order
-        self._next = 0  # the next micro-batch's first row of it
 
     def start_from(self, load: Callable[[nn.Module], None]) -> None:
         super().start_from(load)
         self.teacher_encoder.load_state_dict(self.encoder.state_dict())
 
-    def before_step(self, share: Batch, progress: Progress) -> None:
-        """Make the keys of the whole global batch: collective."""
+    def before_step(self, share: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        """The keys of this rank's share, (B, D), made by all ranks together: collective."""
         images = share.views[1]
-        if self.permutes:
-            everything = collectives.gather(images)
-            order = self.key_order(progress, len(everything), images.device)
-            keys = self.encode_keys(everything[order.chunk(collectives.ranks())[collectives.rank()]])
-            self._keys = torch.empty_like(all_keys := collectives.gather(keys)).index_copy_(
-                0, order, all_keys
-            )
-        else:
-            self._keys = collectives.gather(self.encode_keys(images))
-        self._next = collectives.rank() * len(images)
+        if not self.permutes:
+            return (self.encode_keys(images),)
+        everyones = collectives.gather(images)
+        order = self.key_order(progress, len(everyones), images.device)
+        parts = order.chunk(collectives.ranks())
+        permuted = collectives.gather(self.encode_keys(everyones[parts[collectives.rank()]]))
+        keys = torch.empty_like(permuted).index_copy_(0, order, permuted)
+        return (keys.chunk(collectives.ranks())[collectives.rank()],)
 
     def key_order(self, progress: Progress, count: int, device: torch.device) -> Tensor:
         """A permutation of the global batch that is the same on every rank and of its own for every batch."""
@@ -140,17 +138,12 @@ class MoCo(Objective):
         with autocast(batch.views[0].device, self.autocast_dtype):
             query = self.head(encoders.features(self.encoder, batch.views[0]))
         query = functional.normalize(query.float(), dim=1)
-        loss, logits = losses.info_nce_with_queue(
-            query, self._keys_of(batch), self.queue.keys.clone(), self.config.temperature
+        # Outside of training nothing was prepared.
+        [keys] = batch.prepared or (self.encode_keys(batch.views[1]),)
+        loss, logits = contrastive.info_nce_with_queue(
+            query, keys, self.queue.keys.clone(), self.config.temperature
         )
-        return LossOutput(loss, self._metrics(query.detach(), logits.detach()))
-
-    def _keys_of(self, batch: Batch) -> Tensor:
-        if self._keys is None:  # a look outside of training: nothing is remembered
-            return self.encode_keys(batch.views[1])
-        keys = self._keys[self._next : self._next + len(batch)]
-        self._next += len(batch)
-        return keys
+        return LossOutput(loss, self._metrics(query.detach(), logits.detach()), (keys,))
 
     @torch.no_grad()
     def _metrics(self, query: Tensor, logits: Tensor) -> dict[str, Tensor]:
@@ -163,12 +156,10 @@ class MoCo(Objective):
             "queue_age": self.queue.age(self.batch_size),
         }
 
-    def after_step(self, update: Update, progress: Progress) -> None:
-        assert self._keys is not None
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
         update.lerp(self.teacher_encoder, self.encoder, self.config.momentum)
         update.lerp(self.teacher_head, self.head, self.config.momentum)
-        self.queue.enqueue(self._keys)
-        self._keys = None
+        self.queue.enqueue(collectives.gather(output.rows[0]))
 
     def param_groups(self) -> list[ParamGroup]:
         """Weight decay on everything, as in the authors' code (facebookresearch/moco main_moco.py)."""

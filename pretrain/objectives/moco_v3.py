@@ -24,23 +24,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from data_pipeline.types import Batch, ViewSpec
-from pretrain import collapse, collectives, encoders, heads, losses, teacher
-from pretrain.augmentation import Augmentation
-from pretrain.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain import collectives, encoders
+from pretrain.clock import Progress
 from pretrain.encoders import vit
-from pretrain.precision import autocast
-from pretrain.types import (
+from pretrain.losses import contrastive
+from pretrain.objective import (
     BuildContext,
     Embeddings,
     LossOutput,
     ObjectiveConfig,
     ParamGroup,
-    Progress,
     Update,
     Weights,
     WholeBatchObjective,
     trainable,
 )
+from pretrain.parts import collapse, heads, teacher
+from pretrain.parts.augmentation import Augmentation
+from pretrain.parts.batch_norm import Spelled, convert, parse, require_independent_parts
+from pretrain.parts.precision import autocast
 
 _VIEW = Augmentation(crop_scale=(0.08, 1.0), jitter=0.8, saturation=0.2, grayscale=0.2)
 
@@ -131,12 +133,12 @@ class MoCoV3(WholeBatchObjective):
         """2 T times the mean cross entropy of this rank's queries over the keys of all ranks."""
         temperature, first = self.config.temperature, collectives.rank() * len(query)
         all_keys = collectives.gather(key)
-        return 2 * temperature * losses.info_nce(query, all_keys, temperature, first)
+        return 2 * temperature * contrastive.info_nce(query, all_keys, temperature, first)
 
     def momentum_at(self, progress: Progress) -> float:
         return teacher.momentum_at(progress.fraction, self.config.momentum)
 
-    def after_step(self, update: Update, progress: Progress) -> None:
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
         momentum = self.momentum_at(progress)
         update.lerp(self.teacher_encoder, self.encoder, momentum)
         update.lerp(self.teacher_projector, self.projector, momentum)

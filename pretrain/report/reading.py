@@ -17,8 +17,8 @@ import yaml
 
 from configs.errors import RunError
 from configs.loading import leaves
-from pretrain.evaluators import schedule
-from pretrain.folder import RunFolder
+from pretrain.judging import schedule
+from pretrain.run.folder import RunFolder
 from pretrain.tracking.jsonl import each_row
 
 Floats = npt.NDArray[np.float64]

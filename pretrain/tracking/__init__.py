@@ -16,10 +16,11 @@ import pydantic
 import torch
 
 from configs.loading import Config
+from pretrain.clock import Duration, Progress
 from pretrain.collectives import all_reduce_mean
+from pretrain.ports import Scores, StepReport, StopReason, Tracker
 from pretrain.tracking.console import console_tracker
 from pretrain.tracking.jsonl import Jsonl, undo_after
-from pretrain.types import Duration, Progress, Scores, StepReport, StopReason, Tracker
 
 ROW: Mapping[str, str] = {
     "attempt": "number of the process group that wrote the row, 1 for the first",

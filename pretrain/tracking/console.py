@@ -11,7 +11,8 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from pretrain.types import Progress, Scores, Tracker
+from pretrain.clock import Progress
+from pretrain.ports import Scores, Tracker
 
 LINE_EVERY = 5.0
 """Seconds between lines where there is no terminal, so that a log stays readable."""

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from configs.errors import RunError
 from data_pipeline.files import published
-from pretrain.types import Progress, Scores
+from pretrain.clock import Progress
+from pretrain.ports import Scores
 
 
 class Jsonl:

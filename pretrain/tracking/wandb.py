@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from configs.errors import RunError
-from pretrain.types import Progress, Scores
+from pretrain.clock import Progress
+from pretrain.ports import Scores
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ import torch
 
 from configs.loading import PACKAGED, Config, dump, load, validate
 from configs.sweep import SweepConfig
-from launch.cluster import ClusterConfig
+from launch.slurm.cluster import ClusterConfig
 from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.finetune import FineTuneConfig
-from pretrain.types import BuildContext
+from pretrain.objective import BuildContext
 
 RECIPES = ("demo", "smoke", "mae", "moco", "moco_v3", "clip")
 SCHEMAS: dict[str, type[Config]] = dict.fromkeys(RECIPES, RunConfig) | {

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.gpu_check import build, mae_flops, main, peak_tflops
 from configs.loading import load
 from data_pipeline.types import Batch
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
-from pretrain.types import Progress
 
 
 def test_the_formula_counts_what_torch_counts() -> None:

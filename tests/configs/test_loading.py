@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from configs.errors import ConfigError
 from configs.loading import Config, chosen_by, difference, dump, find, load, validate
+from pretrain.clock import Duration
 from pretrain.config import RunConfig
-from pretrain.types import Duration
 
 
 class Inner(Config):

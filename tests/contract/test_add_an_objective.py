@@ -14,8 +14,9 @@ import torch
 from configs.loading import load
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
-from pretrain.types import BuildContext, Progress
+from pretrain.objective import BuildContext
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/add_an_objective.md"
 CLOCK = Progress(step=0, samples=0, total_steps=10, dataset_size=100)

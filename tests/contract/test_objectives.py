@@ -13,9 +13,10 @@ from torch import nn
 from configs.loading import PACKAGED, dump, load, validate
 from data_pipeline.types import Batch
 from pretrain import encoders, objectives
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
+from pretrain.objective import BuildContext, Objective
 from pretrain.optimizers import OptimizerConfig
-from pretrain.types import BuildContext, Objective, Progress
 
 EVERY = sorted(path.stem for path in (PACKAGED / "smoke").glob("*.yaml"))
 """Every objective, one with two losses twice."""
@@ -184,7 +185,7 @@ def test_an_objective_from_outside_the_tree(tmp_path, monkeypatch) -> None:  # t
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "brightness.py").write_text(
-        "from pretrain.types import LossOutput, Objective, ObjectiveConfig, ParamGroup\n"
+        "from pretrain.objective import LossOutput, Objective, ObjectiveConfig, ParamGroup\n"
         "from data_pipeline.types import CenterCrop, ViewSpec\n"
         "class BrightnessConfig(ObjectiveConfig):\n"
         "    name: str = 'mylab.brightness'\n"

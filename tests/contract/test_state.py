@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pretrain.clock import Progress
 from pretrain.engines import processes, storage
 from pretrain.engines.deepspeed import DeepSpeedEngine, LossScale, initialize
 from pretrain.engines.fragments import persistent_buffers
-from pretrain.types import Objective, Progress, StepSettings
+from pretrain.objective import LossOutput, Objective
+from pretrain.ports import StepSettings
 from tests.conftest import Ranks
 from tests.contract.test_objectives import EVERY, batch_for, build
 from tests.pretrain.engines.tiny import Tiny, adamw
@@ -72,11 +75,12 @@ def advance(engine: DeepSpeedEngine, objective: Objective, batch: Any, step: int
     progress = Progress(step, step * COUNT, 10, 1000)
     if objective.needs_whole_share:
         with torch.no_grad():
-            objective.before_step(batch, progress)
-    engine.backward(engine.forward(batch, progress).loss)
+            batch = replace(batch, prepared=objective.before_step(batch, progress))
+    output = engine.forward(batch, progress)
+    engine.backward(output.loss)
     update = engine.step(StepSettings(lr=1e-3, weight_decay=0.0))
     assert update is not None
-    objective.after_step(update, progress.applied())
+    objective.after_step(update, progress.applied(), output)
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -137,8 +141,8 @@ class Forgetful(Tiny):
         self.loose = torch.zeros(2)
         self.mean: Tensor
 
-    def after_step(self, update: Any, progress: Progress) -> None:
-        super().after_step(update, progress)
+    def after_step(self, update: Any, progress: Progress, output: LossOutput) -> None:
+        super().after_step(update, progress, output)
         self.count += 1
         self.mean.add_(1)
         self.loose = self.loose + 1
@@ -175,7 +179,7 @@ def draws(directory: str) -> tuple[list[float], list[float]]:
 
 def test_who_a_run_is_survives(tmp_path: Path) -> None:
     """Its id, which trackers go by, is in run.json and made once."""
-    from pretrain.folder import RunFolder
+    from pretrain.run.folder import RunFolder
 
     folder = RunFolder(tmp_path / "run")
     folder.create()

@@ -489,7 +489,7 @@ def test_places_that_cant_be_written_are_refused_in_a_line(tmp_path: Path, kind:
     (tmp_path / "file").write_text("kept")
     (tmp_path / "ro").mkdir(mode=0o555)
     out = {"a file": "file", "below a file": "file/list", "read-only": "ro/list"}[kind]
-    script = "import sys; from launch.cli import main; main()"
+    script = "import sys; from launch.cli.main import main; main()"
     command = [
         *unprivileged(),
         sys.executable,

@@ -28,9 +28,9 @@ from data_pipeline import demo
 from pretrain import checkpoint
 from pretrain.config import RunConfig
 from pretrain.engines import storage
-from pretrain.folder import RunFolder
-from pretrain.run import prepare
-from pretrain.types import BEYOND_STEPS
+from pretrain.ports import BEYOND_STEPS
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import prepare
 from tests.faults.ranks import FAULTS, attempt
 from tests.forkserver import Died
 

@@ -19,12 +19,12 @@ from typing import Any
 from data_pipeline.load import Loader
 from pretrain import checkpoint
 from pretrain.engines import storage
-from pretrain.evaluators import schedule
-from pretrain.evaluators.subject import Subject
-from pretrain.folder import RunFolder
-from pretrain.health import StopRequest
-from pretrain.run import train
-from pretrain.watch import Watchdog
+from pretrain.health.stopping import StopRequest
+from pretrain.health.watchdog import Watchdog
+from pretrain.judging import schedule
+from pretrain.judging.subject import Subject
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import train
 
 
 def attempt(root: str, ledger: str, fault: dict[str, Any] | None) -> str:

@@ -19,10 +19,12 @@ from data_pipeline.randomness import uniform
 from data_pipeline.types import Batch
 from pretrain import encoders
 from pretrain.accumulation import accumulate_for
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.engines import deepspeed, processes
 from pretrain.engines.processes import Processes
-from pretrain.types import BuildContext, Objective, Progress, StepSettings, WholeBatchObjective
+from pretrain.objective import BuildContext, Objective, WholeBatchObjective
+from pretrain.ports import StepSettings
 
 DEVICE = os.environ.get("KEEL_GPU_TESTS_ON", "cuda")
 # The first step of DeepSpeed imports parts of torch that torch itself has deprecated.
@@ -124,10 +126,11 @@ def train(
     if folder is not None and folder.exists():
         first = engine.load(folder)["step"]
     for step in range(first, steps):
-        losses.append(float(accumulate(engine, batch(name), START).loss))
+        output = accumulate(engine, batch(name), START)
+        losses.append(float(output.loss))
         update = engine.step(StepSettings(lr=1e-3, weight_decay=0.05))
         if update is not None:
-            built.after_step(update, START)
+            built.after_step(update, START, output)
         if folder is not None and not folder.exists() and step + 1 == steps // 2:
             folder.mkdir()
             engine.save(folder, {"step": step + 1})

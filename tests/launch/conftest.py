@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline import demo
-from launch.cli import main
+from launch.cli.main import main
 
 Said = tuple[int, str, str]
 

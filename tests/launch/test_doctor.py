@@ -15,10 +15,11 @@ import torch
 from configs.loading import dump, load
 from data_pipeline import demo
 from data_pipeline.demo import DemoConfig
-from launch import doctor, queue
-from launch.cli import main
-from launch.cluster import ClusterConfig
+from launch import doctor
+from launch.cli.main import main
 from launch.doctor import Check, examine
+from launch.runs import queue
+from launch.slurm.cluster import ClusterConfig
 from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.engines.processes import MemoryEstimate

@@ -14,15 +14,15 @@ import pytest
 import yaml
 
 from benchmarks.registry import make_run, state
-from launch.registry import list_runs
-from launch.submission import Submission
+from launch.runs.registry import list_runs
+from launch.slurm.submission import Submission
 from tests.places import FullDisk, unprivileged
 
 Said = tuple[int, str, str]
 
 DRIVER = """
 import contextlib, io, json, sys
-from launch.cli import main
+from launch.cli.main import main
 found = {}
 for line in json.loads(sys.argv[1]):
     out, err, code = io.StringIO(), io.StringIO(), 0

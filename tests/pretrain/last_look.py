@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pretrain.folder import RunFolder
-from pretrain.health import StopRequest
-from pretrain.run import train
+from pretrain.health.stopping import StopRequest
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import train
 from pretrain.trainer import Trainer
 
 Found = TypeVar("Found")

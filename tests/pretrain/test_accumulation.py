@@ -12,9 +12,11 @@ from torch.nn import functional
 
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
-from pretrain import collectives, losses
-from pretrain.accumulation import SumOfMicroBatches, WholeShare, accumulate_for
-from pretrain.types import Embeddings, LossOutput, Objective, ParamGroup, Progress, WholeBatchObjective
+from pretrain import collectives
+from pretrain.accumulation import WholeShare, accumulate_for
+from pretrain.clock import Progress
+from pretrain.losses import contrastive
+from pretrain.objective import Embeddings, LossOutput, Objective, ParamGroup, WholeBatchObjective
 
 CLOCK = Progress(step=0, samples=0, total_steps=5, dataset_size=100)
 
@@ -38,7 +40,7 @@ class Pairs(WholeBatchObjective):
     def loss(self, embeddings: Embeddings, progress: Progress) -> LossOutput:
         first, second = (functional.normalize(self.head(e), dim=1) for e in embeddings)
         everything, start = collectives.gather(second), collectives.rank() * len(first)
-        over_columns, partial = losses.log_sums(first, everything, self.scale.exp(), chunk=3)
+        over_columns, partial = contrastive.log_sums(first, everything, self.scale.exp(), chunk=3)
         over_rows = collectives.gather(partial[None]).logsumexp(0)[start : start + len(first)]
         positive = self.scale.exp() * (first * second).sum(1)
         return LossOutput((over_columns - positive).mean() / 2 + (over_rows - positive).mean() / 2, {})
@@ -82,7 +84,7 @@ def test_cached_embeddings_give_the_uncut_loss_and_gradients(micro: int | None) 
 def on_ranks(micro: int, stage: int) -> tuple[float, dict[str, Tensor]]:
     """One SGD step of rate 1 on real DeepSpeed: the change of the parameters is the gradient."""
     from pretrain.engines import deepspeed, processes
-    from pretrain.types import StepSettings
+    from pretrain.ports import StepSettings
 
     here = processes.start("cpu")
     model = Pairs(micro)
@@ -92,7 +94,7 @@ def on_ranks(micro: int, stage: int) -> tuple[float, dict[str, Tensor]]:
         micro_batch=12 // here.world_size, zero_stage=stage,
     )  # fmt: skip
     share = list(batch_of(12).split(12 // here.world_size))[here.rank]
-    output = WholeShare(lambda batch: batch)(engine, share, CLOCK)
+    output = WholeShare(model, lambda batch: batch)(engine, share, CLOCK)
     engine.step(StepSettings(lr=1.0, weight_decay=0.0))
     mean = collectives.all_reduce_mean({"loss": output.loss})["loss"].item()
     with engine.whole_parameters() as whole:
@@ -114,49 +116,89 @@ def test_ranks_and_stages_give_the_gradient_of_the_global_loss(
 
 
 class Prepared(Pairs):
-    """Asks for a call that a whole-batch loss doesn't get."""
+    """A whole-batch loss that wants each sample's number among all, and hands it on."""
 
-    def before_step(self, share: Batch, progress: Progress) -> None:
-        raise AssertionError("is never called")
-
-
-class PreparedAndSaid(Prepared):
     needs_whole_share = True
 
+    def before_step(self, share: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        return (share.index.float()[:, None] + 100 * progress.step,)
 
-class Asking(Pairs):
-    needs_whole_share = True
+    def embed(self, batch: Batch) -> Embeddings:
+        return (*super().embed(batch), batch.prepared[0])
+
+    def loss(self, embeddings: Embeddings, progress: Progress) -> LossOutput:
+        *compared, numbers = embeddings
+        output = super().loss(tuple(compared), progress)
+        return LossOutput(output.loss, output.metrics, (numbers,))
+
+
+@pytest.mark.parametrize("micro", [None, 4])
+def test_rows_of_a_whole_batch_loss_ride_with_their_samples(micro: int | None) -> None:
+    objective = Prepared(micro)
+    accumulate = accumulate_for(objective, 4, lambda batch: batch)
+    output = accumulate(PlainEngine(objective), batch_of(12), CLOCK)  # type: ignore[arg-type]
+    assert output.rows[0][:, 0].tolist() == [n + 100.0 * CLOCK.step for n in batch_of(12).index.tolist()]
+    assert not output.rows[0].requires_grad and not output.loss.requires_grad
 
 
 class Unsaid(Objective):
-    """Has a `before_step`, and forgot to say so."""
+    """Has a `before_step`, and forgot to say so. Where it is called, each sample's row is its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
 
     def forward(self, batch: Batch, progress: Progress) -> LossOutput:
-        raise AssertionError("is never computed")
+        assert torch.equal(batch.prepared[0], batch.index)  # cut with the samples
+        return LossOutput(self.weight.sum(), {}, (batch.prepared[0] * 2, batch.index.float() * self.weight))
 
-    def before_step(self, share: Batch, progress: Progress) -> None:
-        raise AssertionError("is never called")
+    def before_step(self, share: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        return (share.index,)
 
     def param_groups(self) -> list[ParamGroup]:
         return []
 
 
-@pytest.mark.parametrize("kind", [Prepared, PreparedAndSaid, Asking])
-def test_a_whole_batch_loss_that_expects_before_step_is_refused(kind: type[Pairs]) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"objective\.name: {kind.__name__} is a WholeBatchObjective, whose"
-    ):
-        accumulate_for(kind(2), 2, lambda batch: batch)
-
-
 def test_a_before_step_that_would_not_be_called_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"objective\.name: Unsaid has a before_step .* needs_whole_share"):
         accumulate_for(Unsaid(), 2, lambda batch: batch)
-    said = Unsaid()
-    said.needs_whole_share = True  # type: ignore[misc]
-    assert isinstance(accumulate_for(said, 2, lambda batch: batch), SumOfMicroBatches)
 
 
-def test_the_kind_of_loss_decides() -> None:
-    assert isinstance(accumulate_for(Pairs(2), 2, lambda batch: batch), WholeShare)
-    assert not isinstance(accumulate_for(Pairs(2), 2, lambda batch: batch), SumOfMicroBatches)
+class Said(Unsaid):
+    needs_whole_share = True
+
+
+@pytest.mark.parametrize("micro", [12, 4, 3])
+def test_rows_are_cut_with_the_samples_and_joined_again(micro: int) -> None:
+    objective, batch = Said(), batch_of(12)
+    accumulate = accumulate_for(objective, micro, lambda batch: batch)
+    output = accumulate(PlainEngine(objective), batch, CLOCK)  # type: ignore[arg-type]
+    assert torch.equal(output.rows[0], 2 * batch.index)
+    assert torch.equal(output.rows[1], batch.index.float()) and not output.rows[1].requires_grad
+
+
+class Short(Said):
+    def before_step(self, share: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        return (share.index[1:],)
+
+
+def test_rows_that_arent_the_samples_are_our_mistake() -> None:
+    with pytest.raises(ValueError, match=r"Short\.before_step gave 11 rows for 12 samples"):
+        accumulate_for(Short(), 4, lambda b: b)(PlainEngine(Short()), batch_of(12), CLOCK)  # type: ignore[arg-type]
+
+
+class PlainEngine:
+    """An engine without an optimizer: forward and backward alone."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def forward(self, batch: Batch, progress: Progress) -> LossOutput:
+        output = self.objective(batch, progress)
+        assert isinstance(output, LossOutput)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()

@@ -19,9 +19,11 @@ from configs.errors import ConfigError, RunError
 from configs.loading import validate
 from pretrain import checkpoint
 from pretrain.checkpoint import CheckpointConfig, Checkpointer, latest, published, read_extra
+from pretrain.clock import Duration, Progress
 from pretrain.collectives import from_main
 from pretrain.engines import processes, storage
-from pretrain.types import Duration, LossOutput, Progress, StepReport
+from pretrain.objective import LossOutput
+from pretrain.ports import StepReport
 from tests.conftest import Ranks
 from tests.forkserver import Died
 from tests.pretrain.engines.tiny import BATCH_SIZE, SETTINGS, engine_of, train

@@ -16,13 +16,14 @@ from data_pipeline import demo
 from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders, export
-from pretrain.augmentation import Augmentation
+from pretrain import encoders
+from pretrain.clock import Duration
 from pretrain.encoders import EncoderConfig
 from pretrain.encoders.finetuning import classifier, layerwise_groups, mixing
+from pretrain.export import timm_folder
 from pretrain.finetune import FineTuneConfig, Start, few_shot_accuracy, fine_tune, start_of
 from pretrain.optimizers import OptimizerConfig
-from pretrain.types import Duration
+from pretrain.parts.augmentation import Augmentation
 
 VIT = EncoderConfig(
     name="vit_tiny_patch16_224",
@@ -172,8 +173,8 @@ def test_every_encoder_becomes_a_classifier_from_itself_and_from_its_export(
     torch.manual_seed(0)
     encoder = encoders.build(config, size).eval()
     view = ViewSpec(size=size, crop=CenterCrop(0.9), flip=0.0)
-    monkeypatch.setattr(export, "verify", lambda *given: 0.0)
-    export.write(export.Backbone(encoder, config, view), tmp_path / "export")
+    monkeypatch.setattr(timm_folder, "verify", lambda *given: 0.0)
+    timm_folder.write(timm_folder.Backbone(encoder, config, view), tmp_path / "export")
     images = torch.randn(2, 3, *size)
     for begin in (Start(config, size, encoder.state_dict()), start_of(str(tmp_path / "export"))):
         model = classifier(begin.encoder, size, 7, begin.weights).eval()

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from configs.errors import ConfigError
+from pretrain.clock import Progress
+from pretrain.objective import ParamGroup
 from pretrain.optimizers import LARS, OptimizerConfig
-from pretrain.types import ParamGroup, Progress
-from tests.pretrain.test_run import Ranks, config_for, digits, run_on
+from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
 
 __all__ = ["digits"]
 

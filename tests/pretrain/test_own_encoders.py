@@ -19,18 +19,21 @@ from configs.errors import ConfigError
 from configs.loading import load
 from data_pipeline.augment import denormalised, normalised
 from data_pipeline.types import CenterCrop, ViewSpec
-from pretrain import encoders, export, start
+from pretrain import encoders
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig, weights
-from pretrain.evaluate import evaluate
 from pretrain.evaluators.knn import KNNConfig
-from pretrain.evaluators.subject import evaluation_view
-from pretrain.export_open import open_timm
-from pretrain.folder import RunFolder
-from pretrain.plan import Plan
-from pretrain.run import prepare
+from pretrain.export import timm_folder
+from pretrain.export.open import open_timm
+from pretrain.export.subject import opener
+from pretrain.judging.evaluate import evaluate
+from pretrain.judging.subject import evaluation_view
+from pretrain.run import starting_weights
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import prepare
+from pretrain.run.plan import Plan
 from tests.contract.test_objectives import CLOCK, batch_for
-from tests.pretrain.test_run import Ranks, config_for, digits, run_on
+from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
 
 __all__ = ["digits"]
 
@@ -45,7 +48,7 @@ def built(smoke: str, pooling: str) -> Any:
 
 
 def encoders_context(encoder: torch.nn.Module) -> Any:
-    from pretrain.types import BuildContext
+    from pretrain.objective import BuildContext
 
     return BuildContext(encoder, (32, 32), 1000, 8, None)
 
@@ -95,13 +98,13 @@ def test_one_channel_from_training_to_the_reopened_export(
         f"evaluate=[{{kind: knn, data: {digits}, k: 5}}]", smoke=smoke,
     )  # fmt: skip
     assert len(run_on(ranks, 1, config)) == 3
-    result = export.export(tmp_path / "run", tmp_path / "export")
+    result = timm_folder.export(tmp_path / "run", tmp_path / "export")
     assert result.max_difference < 1e-5
     encoder, view = open_timm(str(tmp_path / "export"))
     assert view.grey and encoder(torch.randn(2, 1, 32, 32)).shape == (2, 64)
     assert 'convert("L")' in (tmp_path / "export/README.md").read_text()
     judge = [KNNConfig(kind="knn", data=digits, k=5)]
-    run, exported = (evaluate(str(tmp_path / name), judge)[0].values for name in ("run", "export"))
+    run, exported = (evaluate(opener(str(tmp_path / name)), judge)[0].values for name in ("run", "export"))
     assert run == exported
 
 
@@ -155,7 +158,9 @@ def test_an_architecture_of_ones_own_is_exported_and_opened(tmp_path: Path, digi
     prepare(config, world_size=1)
     encoder = encoders.build(config.encoder, (32, 32))
     view = evaluation_view(config.views((32, 32))[0])
-    export.write(export.Backbone(encoder, config.encoder, view), tmp_path / "export")  # by a fresh process
+    timm_folder.write(
+        timm_folder.Backbone(encoder, config.encoder, view), tmp_path / "export"
+    )  # by a fresh process
     forget(mylab)
     assert open_timm(str(tmp_path / "export"))[0](torch.randn(2, 3, 20, 20)).shape == (2, 12)
     assert f"import {mylab}" in (tmp_path / "export/README.md").read_text()
@@ -256,5 +261,5 @@ def test_chance_that_belongs_to_ranks_is_said_where_it_is_used(
     for rate in (0.0, 0.1):
         config = config_for(tmp_path / "run", digits, f"encoder.args.drop_path_rate={rate}")
         caplog.clear()
-        start.begin(Plan.of(config).objective(), RunFolder(tmp_path / "run"), config.encoder)
+        starting_weights.begin(Plan.of(config).objective(), RunFolder(tmp_path / "run"), config.encoder)
         assert ("drop path (up to 0.1): drawn by each rank" in caplog.text) == bool(rate)

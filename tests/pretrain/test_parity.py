@@ -15,11 +15,13 @@ from open_clip_train.scheduler import cosine_lr
 from torch import Tensor, nn
 
 from configs.loading import PACKAGED, load
-from pretrain import encoders, export_open_clip
+from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
+from pretrain.export import open_clip_folder
+from pretrain.objective import BuildContext
 from pretrain.objectives.clip import CLIP
-from pretrain.types import BuildContext, Progress
 
 PUBLISHED = {
     "vitb32_laion400m": ("ViT-B-32", "laion400m_e32"),
@@ -130,7 +132,7 @@ def their_pair() -> nn.Module:
 
 def under_their_names(pair: CLIP) -> dict[str, str]:
     """open_clip's name to keel's."""
-    weights, _ = export_open_clip._vit(pair.encoder)
+    weights, _ = open_clip_folder._vit(pair.encoder)
     weights |= {"visual.proj": pair.image_projection.weight.detach()}
     weights |= dict(pair.text.named_parameters()) | {"logit_scale": pair.logit_scale}
     owners = {p.data_ptr(): name for name, p in pair.named_parameters()}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from configs.errors import ConfigError
+from pretrain.clock import Duration, Progress
 from pretrain.optimizers import OptimizerConfig
 from pretrain.schedules import warmup_then
-from pretrain.types import Duration, Progress
 
 
 def test_warmup_then_half_cosine() -> None:

@@ -9,9 +9,12 @@ import torch
 
 from data_pipeline.types import Batch
 from pretrain.accumulation import SumOfMicroBatches
-from pretrain.health import Health, HealthConfig, Stopping, StopRequest, TroubleError
+from pretrain.clock import Duration, Progress
+from pretrain.health.health import Health, HealthConfig, TroubleError
+from pretrain.health.stopping import Stopping, StopRequest
+from pretrain.objective import LossOutput, Update
+from pretrain.ports import StepReport, StepSettings, StopReason
 from pretrain.trainer import Trainer
-from pretrain.types import Duration, LossOutput, Progress, StepReport, StepSettings, StopReason, Update
 
 BATCH = 8
 
@@ -48,7 +51,7 @@ class FakeObjective:
     def __init__(self) -> None:
         self.updated: list[int] = []
 
-    def after_step(self, update: Update, progress: Progress) -> None:
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
         self.updated.append(progress.step)
 
 

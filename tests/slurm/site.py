@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from launch.registry import look
+from launch.runs.registry import look
 
 COMMAND = """\
 #!/bin/sh

@@ -19,14 +19,15 @@ import pytest
 
 from configs.errors import RunError
 from configs.loading import load
-from launch import queue, submit
-from launch.cluster import ClusterConfig, load_cluster
-from launch.registry import look
-from launch.submission import Submission
+from launch.runs import queue
+from launch.runs.registry import look
+from launch.slurm import submit
+from launch.slurm.cluster import ClusterConfig, load_cluster
+from launch.slurm.submission import Submission
 from pretrain.config import RunConfig
-from pretrain.folder import RunFolder
-from pretrain.health import StopRequest
-from pretrain.run import prepare, train
+from pretrain.health.stopping import StopRequest
+from pretrain.run.folder import RunFolder
+from pretrain.run.main import prepare, train
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.site import Site
 from tests.wandb_files import rows_of
@@ -275,7 +276,7 @@ def test_a_rank_that_fails_by_itself_ends_the_job_although_the_others_are_killed
     hook.write_text(
         "import os\n"
         "if os.environ.get('SLURM_PROCID') == '1':\n"
-        "    from launch import task\n"
+        "    from launch.slurm import task\n"
         "    task.job = lambda *given, **more: 1 / 0\n"
     )
     where = cluster("nodes=2", "tasks_per_node=1", f"environment={{PYTHONPATH: '{hook.parent}'}}")
@@ -363,7 +364,7 @@ def test_the_job_runs_the_code_that_was_submitted(slurm: Cluster, tmp_path: Path
     tree = tmp_path / "tree"
     for package in ("configs", "data_pipeline", "pretrain", "launch"):
         shutil.copytree(package, tree / package)
-    marked = tree / "launch" / "task.py"
+    marked = tree / "launch" / "slurm" / "task.py"
     marked.write_text(marked.read_text() + '\nimport sys\nprint("as submitted", file=sys.stderr)\n')
     root = tmp_path / "run"
     asked = [

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from launch import queue
-from launch.cli import main
-from launch.cluster import load_cluster
+from launch.cli.main import main
 from launch.doctor import examine
-from launch.queue import GONE
+from launch.runs import queue
+from launch.runs.queue import GONE
+from launch.slurm.cluster import load_cluster
 from tests.slurm.cluster import Cluster, until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 
 from configs.errors import RunError
 from pretrain.encoders import EncoderConfig, hub
-from pretrain.export_open import open_timm
+from pretrain.export.open import open_timm
 
 
 def export(folder: Path, file: str = "config.json") -> Path:

@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks import backbones
 from benchmarks.backbones import ARCHITECTURES, OBJECTIVES, SPREAD, Architecture
-from pretrain import export
-from pretrain.export_check import TOLERANCE
+from pretrain.export import timm_folder
+from pretrain.export.check import TOLERANCE
 
 REFUSED: dict[str, list[str]] = json.loads(Path(__file__).with_name("refusals.json").read_text())
 """Objective to the architectures that it refuses."""
@@ -25,7 +25,7 @@ PLAIN = [a.name for a in ARCHITECTURES if a.kind.startswith(("ViT", "DeiT", "DIN
 @pytest.fixture(autouse=True)
 def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are opened here at once; a fresh process opens all of them together."""
-    monkeypatch.setattr(export, "_reopened", export._reopened)
+    monkeypatch.setattr(timm_folder, "_reopened", timm_folder._reopened)
     backbones.in_this_process()
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from configs.errors import RunError
-from pretrain import export
 from pretrain.encoders import torchvision_compat
+from pretrain.export import timm_folder
 
 COPY = Path(str(torchvision_compat.__file__))
 
@@ -110,5 +110,5 @@ def test_an_export_that_nobody_here_could_open_is_refused_first(
     with pytest.raises(
         RunError, match=r"fails in a fresh process.*install the build that goes with this one"
     ):
-        export.export(tmp_path / "run", tmp_path / "export")
+        timm_folder.export(tmp_path / "run", tmp_path / "export")
     assert not list(tmp_path.iterdir())

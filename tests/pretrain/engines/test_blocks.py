@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from data_pipeline.types import Batch
 from pretrain import encoders
-from pretrain.batch_norm import Kind, convert
+from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig
 from pretrain.encoders.text import TextConfig, TextTower
 from pretrain.engines import processes
 from pretrain.engines.blocks import blocks, compile_blocks, recompute
 from pretrain.engines.deepspeed import initialize
-from pretrain.precision import autocast
-from pretrain.types import LossOutput, Objective, ParamGroup, Progress, StepSettings, trainable
+from pretrain.objective import LossOutput, Objective, ParamGroup, trainable
+from pretrain.parts.batch_norm import Kind, convert
+from pretrain.parts.precision import autocast
+from pretrain.ports import StepSettings
 from tests.conftest import Ranks
 
 BATCH_SIZE, STEPS = 8, 3

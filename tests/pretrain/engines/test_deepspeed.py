@@ -12,7 +12,8 @@ from torch import Tensor
 from configs.errors import RunError
 from pretrain.engines import processes, storage
 from pretrain.engines.deepspeed import DeepSpeedEngine, LossScale, initialize
-from pretrain.types import ParamGroup, StepSettings
+from pretrain.objective import ParamGroup
+from pretrain.ports import StepSettings
 from tests.conftest import Ranks
 from tests.pretrain.engines.tiny import PROGRESS, SETTINGS, Tiny, adamw, batch_at, engine_of, train
 

@@ -10,11 +10,12 @@ import torch
 
 from configs.errors import ConfigError
 from configs.loading import load
-from launch import demo, local
+from launch.demo import demo
+from launch.ranks import local
 from pretrain.config import RunConfig, refused_changes
 from pretrain.engines import processes
 from pretrain.engines.config import EngineConfig, on_gpu, require_devices
-from pretrain.run import prepare
+from pretrain.run.main import prepare
 
 
 @pytest.fixture

@@ -9,12 +9,14 @@ import torch
 
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig
 from pretrain.engines import processes, storage
 from pretrain.engines.deepspeed import DeepSpeedEngine, initialize
+from pretrain.objective import BuildContext
 from pretrain.objectives.mae import MAEConfig
 from pretrain.optimizers import OptimizerConfig
-from pretrain.types import BuildContext, Progress, StepSettings
+from pretrain.ports import StepSettings
 from tests.conftest import Ranks
 
 BATCH_SIZE, STEPS = 8, 4

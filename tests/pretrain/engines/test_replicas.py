@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from configs.errors import RunError
 from data_pipeline.types import Batch
 from pretrain.accumulation import SumOfMicroBatches
+from pretrain.clock import Progress
 from pretrain.engines import processes
 from pretrain.engines.state import _fingerprint
-from pretrain.types import Progress
 from tests.conftest import Ranks
 from tests.pretrain.engines.tiny import PROGRESS, Tiny, batch_at, engine_of, train
 
@@ -96,8 +97,8 @@ class Reader(Tiny):
 
     needs_whole_share = True
 
-    def before_step(self, share: Batch, progress: Progress) -> None:
-        share.views[0].flatten(1) @ self.encoder[0].weight.T
+    def before_step(self, share: Batch, progress: Progress) -> tuple[Tensor, ...]:
+        return (share.views[0].flatten(1) @ self.encoder[0].weight.T,)
 
 
 def reads(stage: int) -> list[str]:

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from pretrain.clock import Progress
 from pretrain.engines import processes
-from pretrain.types import Progress
 from tests.conftest import Ranks
 from tests.pretrain.engines.tiny import BATCH_SIZE, SETTINGS, batch_at, engine_of
 

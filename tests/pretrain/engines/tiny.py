@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.types import Batch
+from pretrain.clock import Progress
 from pretrain.engines import processes
 from pretrain.engines.deepspeed import DeepSpeedEngine, initialize
-from pretrain.types import LossOutput, Objective, ParamGroup, Progress, StepSettings, Update
+from pretrain.objective import LossOutput, Objective, ParamGroup, Update
+from pretrain.ports import StepSettings
 
 PROGRESS = Progress(step=0, samples=0, total_steps=100, dataset_size=1000)
 SETTINGS = StepSettings(lr=1e-3, weight_decay=0.1)
@@ -45,7 +47,7 @@ class Tiny(Objective):
             ParamGroup([(n, p) for n, p in named if p.ndim == 1], weight_decay_scale=0.0, lr_scale=0.5),
         ]
 
-    def after_step(self, update: Update, progress: Progress) -> None:
+    def after_step(self, update: Update, progress: Progress, output: LossOutput) -> None:
         update.lerp(self.teacher, self.encoder, momentum=0.9)
         update.assign(self.scale, torch.full((1,), 1.0 + 0.01 * progress.step))
         self.queue.add_(1.0)
@@ -96,7 +98,7 @@ def train(
             total += output.loss.detach() / accumulation
         update = engine.step(SETTINGS)
         if update is not None:
-            objective.after_step(update, progress.applied())
+            objective.after_step(update, progress.applied(), output)
         torch.distributed.all_reduce(total)
         losses.append(float(total) / here.world_size)
     return losses

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pretrain.evaluators.effective_rank import EffectiveRankConfig, effective_rank
-from pretrain.evaluators.features import NotFiniteError
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.evaluators.linear import LinearConfig
-from pretrain.evaluators.subject import EvaluatorConfig, Subject
+from pretrain.judging.features import NotFiniteError
+from pretrain.judging.subject import EvaluatorConfig, Subject
 
 
 def test_counts_directions_of_equal_strength() -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import avg_pool2d
 
 from configs.errors import DataError
 from pretrain.evaluators.few_shot import FewShotConfig, _accuracy, draw_labels
-from pretrain.evaluators.subject import RawPixels, Subject
+from pretrain.judging.subject import RawPixels, Subject
 
 
 def test_draws_are_balanced_seeded_and_nested() -> None:

@@ -10,9 +10,9 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from pretrain.evaluators import knn
-from pretrain.evaluators.features import Features
 from pretrain.evaluators.knn import KNNConfig, vote
-from pretrain.evaluators.subject import Subject
+from pretrain.judging.features import Features
+from pretrain.judging.subject import Subject
 
 
 def clouds(count: int, seed: int) -> Features:

@@ -11,9 +11,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, cross_entropy
 
-from pretrain.evaluators.features import Features, fixed_fifth, standardised
 from pretrain.evaluators.linear import LinearConfig, _gradients, fit
-from pretrain.evaluators.subject import Subject
+from pretrain.judging.features import Features, fixed_fifth, standardised
+from pretrain.judging.subject import Subject
 
 
 def small(images: Tensor) -> Tensor:

@@ -14,12 +14,12 @@ from torch import Tensor
 from data_pipeline.load import chosen, sequential
 from pretrain import encoders
 from pretrain.encoders import EncoderConfig
-from pretrain.evaluators import sheets
 from pretrain.evaluators.pictures import PicturesConfig
-from pretrain.evaluators.subject import Subject
-from pretrain.types import Scores
+from pretrain.judging import sheets
+from pretrain.judging.subject import Subject
+from pretrain.ports import Scores
 from tests.contract.test_objectives import build
-from tests.pretrain.evaluators.conftest import VIEW
+from tests.pretrain.conftest import VIEW
 from tests.pretrain.evaluators.test_zero_shot import clip, shapes, subject
 
 __all__ = ["shapes"]

@@ -17,13 +17,13 @@ from configs.errors import ConfigError, DataError, UserError
 from data_pipeline.indexing import add_shard
 from data_pipeline.manifest import Manifest
 from data_pipeline.shards import write_shard
-from pretrain.evaluators.features import Features, fixed_fifth
 from pretrain.evaluators.few_shot import FewShotConfig
 from pretrain.evaluators.knn import KNNConfig
 from pretrain.evaluators.linear import LinearConfig
 from pretrain.evaluators.retrieval import RetrievalConfig
-from pretrain.evaluators.subject import EvaluatorConfig, Subject
 from pretrain.evaluators.zero_shot import ZeroShotConfig
+from pretrain.judging.features import Features, fixed_fifth
+from pretrain.judging.subject import EvaluatorConfig, Subject
 
 NAMES = ("ant", "bee", "cat")
 

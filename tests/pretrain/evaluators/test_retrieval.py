@@ -17,8 +17,8 @@ from data_pipeline.indexing import add_shard
 from data_pipeline.manifest import Manifest, all_fields
 from data_pipeline.shards import write_shard
 from pretrain.evaluators import retrieval
-from pretrain.evaluators.features import NotFiniteError
 from pretrain.evaluators.retrieval import Pairs, RetrievalConfig, places_of_images, places_of_texts
+from pretrain.judging.features import NotFiniteError
 from tests.pretrain.evaluators.test_zero_shot import clip, subject
 
 

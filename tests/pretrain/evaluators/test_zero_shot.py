@@ -21,10 +21,10 @@ from data_pipeline.transform import device_half
 from data_pipeline.types import CenterCrop, ViewSpec
 from pretrain import collectives, encoders
 from pretrain.encoders import EncoderConfig
-from pretrain.evaluators.subject import Subject
 from pretrain.evaluators.zero_shot import ZeroShotConfig
+from pretrain.judging.subject import Subject
+from pretrain.objective import BuildContext
 from pretrain.objectives.clip import CLIP, CLIPConfig
-from pretrain.types import BuildContext
 
 VIEW = ViewSpec(size=(32, 32), crop=CenterCrop(1.0), flip=0.0)
 TEMPLATES = ("a photo of a {}.", "there is a red {}", "{}")

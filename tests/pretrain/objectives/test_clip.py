@@ -14,10 +14,12 @@ from torch import Tensor
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig
 from pretrain.engines import deepspeed, processes
+from pretrain.objective import BuildContext, Embeddings, LossOutput
 from pretrain.objectives.clip import CLIP, CLIPConfig
-from pretrain.types import BuildContext, Embeddings, LossOutput, Progress, StepSettings
+from pretrain.ports import StepSettings
 
 VIT = EncoderConfig(
     name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -190,10 +192,11 @@ def scale_after(stage: int, up: bool) -> list[float]:
     found = []
     for step, rate in enumerate((1.0, 0.0)):
         share = list(batch_of().split(8 // here.world_size))[here.rank]
-        engine.backward(engine.forward(share, CLOCK).loss)
+        output = engine.forward(share, CLOCK)
+        engine.backward(output.loss)
         update = engine.step(StepSettings(lr=rate, weight_decay=0.0))
         assert update is not None
-        model.after_step(update, Progress(step + 1, 0, 10, 100))
+        model.after_step(update, Progress(step + 1, 0, 10, 100), output)
         with engine.whole_parameters() as whole:
             found.append(float(whole.get_parameter("logit_scale")))
     engine.close()

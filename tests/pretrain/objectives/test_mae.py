@@ -10,9 +10,10 @@ from torch import Tensor
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig
+from pretrain.objective import BuildContext
 from pretrain.objectives.mae import MAE, MAEConfig
-from pretrain.types import BuildContext, Progress
 
 SIZES = [(32, 32), (16, 40)]
 CLOCK = Progress(step=0, samples=0, total_steps=10, dataset_size=100)

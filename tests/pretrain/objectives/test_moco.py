@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn import functional
 
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.accumulation import mean_of
+from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig
+from pretrain.engines.plain import PlainUpdate
+from pretrain.objective import BuildContext
 from pretrain.objectives.moco import MoCo, MoCoConfig
-from pretrain.types import BuildContext, Progress
 
 TINY = EncoderConfig(name="resnet18", args={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]})
 
@@ -39,21 +42,12 @@ def clock(step: int = 0) -> Progress:
     return Progress(step=step, samples=8 * step, total_steps=10, dataset_size=100)
 
 
-class PlainUpdate:
-    """What an engine offers after an applied step, on one rank without ZeRO."""
+UPDATE = PlainUpdate(torch.tensor(1.0))
 
-    grad_norm = torch.tensor(1.0)
 
-    @torch.no_grad()
-    def lerp(self, teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-        for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-            t.copy_(momentum * t + (1 - momentum) * s)
-
-    def assign(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.data.copy_(value)
-
-    def clamp(self, parameter: nn.Parameter, highest: float, lowest: float | None = None) -> None:
-        parameter.data.clamp_(lowest, highest)
+def prepared(moco: MoCo, batch: Batch) -> Batch:
+    with torch.no_grad():
+        return replace(batch, prepared=moco.before_step(batch, clock()))
 
 
 def test_a_step_is_the_papers_algorithm() -> None:
@@ -61,8 +55,8 @@ def test_a_step_is_the_papers_algorithm() -> None:
     moco, batch = make(), batch_of(8)
     student, teacher = copy.deepcopy(moco), copy.deepcopy(moco)
     queue = moco.queue.keys.clone()
-    moco.before_step(batch, clock())
-    loss = moco(batch, clock()).loss
+    output = moco(prepared(moco, batch), clock())
+    loss = output.loss
 
     q = functional.normalize(student.head(student.encoder(batch.views[0])), dim=1)
     order = moco.key_order(clock(), 8, torch.device("cpu"))
@@ -76,7 +70,7 @@ def test_a_step_is_the_papers_algorithm() -> None:
         want.append(logits.logsumexp(0) - logits[0])
     torch.testing.assert_close(loss, torch.stack(want).mean(), rtol=1e-5, atol=1e-5)
 
-    moco.after_step(PlainUpdate(), clock(1))
+    moco.after_step(UPDATE, clock(1), output)
     torch.testing.assert_close(moco.queue.keys[:8], k)
     assert torch.equal(moco.queue.keys[8:], queue[8:])
     for t, old, s in zip(
@@ -90,13 +84,13 @@ def test_a_step_is_the_papers_algorithm() -> None:
 
 def test_accumulation_sees_the_old_queue_and_fills_it_once() -> None:
     whole, parts, batch = make(), make(micro=4), batch_of(8)
-    for moco in (whole, parts):
-        moco.before_step(batch, clock())
-    loss = whole(batch, clock()).loss
-    mean = torch.stack([parts(part, clock()).loss for part in batch.split(4)]).mean()
-    torch.testing.assert_close(mean, loss)
-    for moco in (whole, parts):
-        moco.after_step(PlainUpdate(), clock(1))
+    outputs = [
+        [whole(prepared(whole, batch), clock())],
+        [parts(part, clock()) for part in prepared(parts, batch).split(4)],
+    ]
+    for moco, output in zip((whole, parts), map(mean_of, outputs), strict=True):
+        torch.testing.assert_close(output.loss, outputs[0][0].loss)
+        moco.after_step(UPDATE, clock(1), output)
         assert moco.queue.written.item() == 8
     torch.testing.assert_close(whole.queue.keys, parts.queue.keys)
 
@@ -108,13 +102,17 @@ def test_a_look_outside_of_training_leaves_no_trace() -> None:
     assert all(torch.equal(before[name], value) for name, value in moco.state_dict().items())
 
 
-def test_keys_of_a_skipped_step_are_forgotten() -> None:
+def test_a_skipped_step_leaves_nothing() -> None:
+    """Nothing of a step is on the module: its attributes and tensors are those from before."""
     moco = make()
-    moco.before_step(batch_of(8, seed=1), clock())
-    moco(batch_of(8, seed=1), clock())  # the update is then skipped: no after_step
-    moco.before_step(batch_of(8, seed=2), clock(1))
-    moco(batch_of(8, seed=2), clock(1))
-    moco.after_step(PlainUpdate(), clock(2))
+    before, kept = copy.deepcopy(moco.state_dict()), set(vars(moco))
+    moco.encoder.eval()  # batch norm's own statistics aside
+    moco.teacher_encoder.eval()
+    moco(prepared(moco, batch_of(8, seed=1)), clock())  # the update is then skipped: no after_step
+    assert set(vars(moco)) == kept
+    assert all(torch.equal(before[name], value) for name, value in moco.state_dict().items())
+    output = moco(prepared(moco, batch_of(8, seed=2)), clock(1))
+    moco.after_step(UPDATE, clock(2), output)
     assert moco.queue.written.item() == 8
 
 

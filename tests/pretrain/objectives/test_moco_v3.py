@@ -14,10 +14,11 @@ from torch.nn import functional
 from configs.errors import ConfigError
 from data_pipeline.types import Batch
 from pretrain import encoders
+from pretrain.clock import Progress
 from pretrain.encoders import EncoderConfig, vit
+from pretrain.engines.plain import PlainUpdate
+from pretrain.objective import BuildContext
 from pretrain.objectives.moco_v3 import MoCoV3, MoCoV3Config
-from pretrain.types import BuildContext, Progress
-from tests.pretrain.objectives.test_moco import PlainUpdate
 
 VIT = EncoderConfig(
     name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
@@ -68,7 +69,8 @@ def test_a_step_is_the_papers_algorithm(encoder: EncoderConfig, temperature: flo
         for p in [*model.teacher_encoder.parameters(), *model.teacher_projector.parameters()]:
             p.mul_(1.1)
     again = copy.deepcopy(model)
-    loss = model(batch, CLOCK).loss
+    output = model(batch, CLOCK)
+    loss = output.loss
     loss.backward()
 
     plain = copy.deepcopy(again).double()
@@ -88,7 +90,7 @@ def test_a_step_is_the_papers_algorithm(encoder: EncoderConfig, temperature: flo
             assert p.grad is None
 
     before = copy.deepcopy(model.teacher_encoder)
-    model.after_step(PlainUpdate(), CLOCK)
+    model.after_step(PlainUpdate(torch.tensor(1.0)), CLOCK, output)
     momentum = 1 - 0.5 * (1 + math.cos(math.pi * 0.5)) * 0.01
     assert momentum == pytest.approx(model.momentum_at(CLOCK))
     for t, old, s in zip(

@@ -16,15 +16,18 @@ from configs.loading import load
 from data_pipeline.types import Batch
 from pretrain import collectives, encoders
 from pretrain.accumulation import accumulate_for
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
 from pretrain.encoders import EncoderConfig
 from pretrain.engines import deepspeed, processes
-from pretrain.evaluate import evaluate
-from pretrain.evaluators import schedule
 from pretrain.evaluators.zero_shot import ZeroShotConfig
-from pretrain.run import prepare
-from pretrain.types import BuildContext, Objective, Progress, StepSettings, WholeBatchObjective
-from tests.pretrain.test_run import Ranks, config_for, digits, run_on
+from pretrain.export.subject import opener
+from pretrain.judging import schedule
+from pretrain.judging.evaluate import evaluate
+from pretrain.objective import BuildContext, Objective, WholeBatchObjective
+from pretrain.ports import StepSettings
+from pretrain.run.main import prepare
+from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
 
 __all__ = ["digits"]
 
@@ -96,7 +99,7 @@ def trace(name: str, stage: int, accumulation: int, optimizer: str) -> Trace:
         update = engine.step(StepSettings(lr=rate, weight_decay=0.0))
         assert update is not None
         clock = clock.consumed(BATCH).applied()
-        objective.after_step(update, clock)
+        objective.after_step(update, clock, output)
         losses.append(collectives.all_reduce_mean({"loss": output.loss})["loss"].item())
         states.append(whole())
     trained = {key for key, p in objective.named_parameters() if p.requires_grad}
@@ -180,7 +183,7 @@ def test_a_whole_clip_run_with_captions_and_zero_shot(ranks: Ranks, tmp_path: Pa
         [row] = schedule.read(root / "evaluations.jsonl")
         found.append((losses, row["values"]))
         again = ZeroShotConfig(data=data / "shapes", templates=("a {}", "there is a {}")).placed()
-        assert dict(evaluate(str(root), [again])[0].values) == pytest.approx(row["values"])
+        assert dict(evaluate(opener(str(root)), [again])[0].values) == pytest.approx(row["values"])
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
 
 

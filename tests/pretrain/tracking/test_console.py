@@ -6,8 +6,9 @@ import contextlib
 import io
 import os
 
+from pretrain.clock import Progress
+from pretrain.ports import Scores
 from pretrain.tracking.console import BarOnTerminal, Lines, Remaining, console_tracker
-from pretrain.types import Progress, Scores
 
 START = Progress(step=0, samples=0, total_steps=200, dataset_size=1000)
 

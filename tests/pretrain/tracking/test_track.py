@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pretrain.clock import Progress
 from pretrain.engines import processes
+from pretrain.objective import LossOutput
+from pretrain.ports import Scores, StepReport, StepSettings
 from pretrain.tracking import ROW, Track, TrackConfig, build
-from pretrain.types import LossOutput, Progress, Scores, StepReport, StepSettings
 
 
 class Seen:

@@ -20,9 +20,10 @@ import torch
 
 from configs.errors import ConfigError, RunError
 from configs.loading import load
+from pretrain.clock import Progress
 from pretrain.config import RunConfig
+from pretrain.ports import Scores
 from pretrain.tracking.wandb import Wandb, _mode, has_key, offline_folders, upload
-from pretrain.types import Progress, Scores
 from tests.pretrain.tracking.server import server
 from tests.waiting import wait_for
 from tests.wandb_files import records, rows_of
