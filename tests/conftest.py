@@ -47,3 +47,13 @@ def _fork_server() -> Iterator[ForkServer]:
 def ranks(_fork_server: ForkServer) -> Ranks:
     """`ranks(n, function, **arguments)`: results of `function` on n forked ranks; see `ForkServer.run`."""
     return _fork_server.run
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ and val/ manifests of handwritten digits (1,438 and 359); nobody writes there."""
+    from data_pipeline import demo
+
+    folder = tmp_path_factory.mktemp("data") / "digits"
+    demo.make(demo.DemoConfig(name="digits"), folder)
+    return folder

@@ -4,22 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
-from data_pipeline import demo
 from launch.cli.main import main
 
 Said = tuple[int, str, str]
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train/ and val/ manifests of handwritten digits; nobody writes there."""
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(demo.DemoConfig(name="digits"), folder)
-    return folder
 
 
 @pytest.fixture

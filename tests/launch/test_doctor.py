@@ -13,8 +13,6 @@ import pytest
 import torch
 
 from configs.loading import dump, load
-from data_pipeline import demo
-from data_pipeline.demo import DemoConfig
 from launch import doctor
 from launch.cli.main import main
 from launch.doctor import Check, examine
@@ -32,13 +30,6 @@ class Free(NamedTuple):
     """Of shutil.disk_usage, what is asked for."""
 
     free: int
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(DemoConfig(name="digits"), folder)
-    return folder
 
 
 @pytest.fixture

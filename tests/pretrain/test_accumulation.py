@@ -15,6 +15,7 @@ from data_pipeline.types import Batch
 from pretrain import collectives
 from pretrain.accumulation import WholeShare, accumulate_for
 from pretrain.clock import Progress
+from pretrain.engines.plain import PlainEngine
 from pretrain.losses import contrastive
 from pretrain.objective import Embeddings, LossOutput, Objective, ParamGroup, WholeBatchObjective
 
@@ -115,6 +116,13 @@ def test_ranks_and_stages_give_the_gradient_of_the_global_loss(
             assert error < 1e-4, name
 
 
+def plain(objective: Objective) -> Any:
+    """An engine on one rank, without DeepSpeed."""
+    return PlainEngine(
+        objective, lambda groups: torch.optim.SGD([p for g in groups for _, p in g.parameters], lr=1.0)
+    )
+
+
 class Prepared(Pairs):
     """A whole-batch loss that wants each sample's number among all, and hands it on."""
 
@@ -136,7 +144,7 @@ class Prepared(Pairs):
 def test_rows_of_a_whole_batch_loss_ride_with_their_samples(micro: int | None) -> None:
     objective = Prepared(micro)
     accumulate = accumulate_for(objective, 4, lambda batch: batch)
-    output = accumulate(PlainEngine(objective), batch_of(12), CLOCK)  # type: ignore[arg-type]
+    output = accumulate(plain(objective), batch_of(12), CLOCK)
     assert output.rows[0][:, 0].tolist() == [n + 100.0 * CLOCK.step for n in batch_of(12).index.tolist()]
     assert not output.rows[0].requires_grad and not output.loss.requires_grad
 
@@ -156,7 +164,7 @@ class Unsaid(Objective):
         return (share.index,)
 
     def param_groups(self) -> list[ParamGroup]:
-        return []
+        return [ParamGroup([("weight", self.weight)])]
 
 
 def test_a_before_step_that_would_not_be_called_is_refused() -> None:
@@ -172,7 +180,7 @@ class Said(Unsaid):
 def test_rows_are_cut_with_the_samples_and_joined_again(micro: int) -> None:
     objective, batch = Said(), batch_of(12)
     accumulate = accumulate_for(objective, micro, lambda batch: batch)
-    output = accumulate(PlainEngine(objective), batch, CLOCK)  # type: ignore[arg-type]
+    output = accumulate(plain(objective), batch, CLOCK)
     assert torch.equal(output.rows[0], 2 * batch.index)
     assert torch.equal(output.rows[1], batch.index.float()) and not output.rows[1].requires_grad
 
@@ -184,21 +192,4 @@ class Short(Said):
 
 def test_rows_that_arent_the_samples_are_our_mistake() -> None:
     with pytest.raises(ValueError, match=r"Short\.before_step gave 11 rows for 12 samples"):
-        accumulate_for(Short(), 4, lambda b: b)(PlainEngine(Short()), batch_of(12), CLOCK)  # type: ignore[arg-type]
-
-
-class PlainEngine:
-    """An engine without an optimizer: forward and backward alone."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-
-    def forward(self, batch: Batch, progress: Progress) -> LossOutput:
-        output = self.objective(batch, progress)
-        assert isinstance(output, LossOutput)
-        return output
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        accumulate_for(Short(), 4, lambda b: b)(plain(Short()), batch_of(12), CLOCK)

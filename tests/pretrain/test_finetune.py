@@ -12,7 +12,6 @@ import timm
 import torch
 
 from configs.errors import ConfigError, DataError, RunError
-from data_pipeline import demo
 from data_pipeline.manifest import Manifest
 from data_pipeline.subset import write_subset
 from data_pipeline.types import CenterCrop, ViewSpec
@@ -33,13 +32,6 @@ VIT = EncoderConfig(
 )
 RESNET = EncoderConfig(name="resnet18", args={"layers": [1, 1, 1, 0], "channels": [8, 8, 16, 16]}, crop=1.0)
 SIZE = (32, 32)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(demo.DemoConfig(name="digits"), folder)
-    return folder
 
 
 def start(config: EncoderConfig) -> Start:

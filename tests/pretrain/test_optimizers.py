@@ -13,9 +13,7 @@ from configs.errors import ConfigError
 from pretrain.clock import Progress
 from pretrain.objective import ParamGroup
 from pretrain.optimizers import LARS, OptimizerConfig
-from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
-
-__all__ = ["digits"]
+from tests.pretrain.run.test_main import Ranks, config_for, run_on
 
 
 def test_lars_is_its_formula() -> None:

@@ -33,9 +33,7 @@ from pretrain.run.folder import RunFolder
 from pretrain.run.main import prepare
 from pretrain.run.plan import Plan
 from tests.contract.test_objectives import CLOCK, batch_for
-from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
-
-__all__ = ["digits"]
+from tests.pretrain.run.test_main import Ranks, config_for, run_on
 
 SHORT = ("train.duration=3 steps", "optimizer.warmup=1 steps", "data.workers=0")
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import demo
-from data_pipeline.demo import DemoConfig
 from tests.slurm.cluster import Cluster, missing
 from tests.slurm.site import Site
 
@@ -49,10 +47,3 @@ def slurm(
 def site(slurm: Cluster, tmp_path: Path) -> Site:
     """Commands of the cluster that this process finds in trouble, when told to."""
     return Site(tmp_path / "site")
-
-
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(DemoConfig(name="digits"), folder)
-    return folder

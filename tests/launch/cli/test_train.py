@@ -25,10 +25,9 @@ Said = tuple[int, str, str]
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(DemoConfig(name="digits"), folder)
-    return folder / "train" / "manifest.json"
+def digits(digits: Path) -> Path:
+    """The manifest to train on."""
+    return digits / "train" / "manifest.json"
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:

@@ -15,8 +15,6 @@ import pytest
 import yaml
 
 from configs.errors import ConfigError, RunError
-from data_pipeline import demo
-from data_pipeline.demo import DemoConfig
 from launch.cli.main import main
 from launch.slurm.cluster import ClusterConfig
 from launch.sweeps import sweep as sweeps
@@ -24,10 +22,9 @@ from launch.sweeps.sweep import load_sweep, make_ready, plan, run_here, start
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(DemoConfig(name="digits"), folder)
-    return folder / "train" / "manifest.json"
+def digits(digits: Path) -> Path:
+    """The manifest to train on."""
+    return digits / "train" / "manifest.json"
 
 
 @pytest.fixture

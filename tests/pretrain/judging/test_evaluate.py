@@ -10,9 +10,7 @@ import torch
 from pretrain import checkpoint
 from pretrain.engines.storage import Reader, read_model
 from pretrain.judging import schedule
-from tests.pretrain.run.test_main import Ranks, config_for, digits, losses, run_on
-
-__all__ = ["digits"]
+from tests.pretrain.run.test_main import Ranks, config_for, losses, run_on
 
 STEPS = ("train.duration=4 steps", "optimizer.warmup=1 steps", "data.workers=0", "checkpoint.every=4 steps")
 FEW = "{kind: few_shot, data: DATA/val/manifest.json, every: 1 steps, shots: [1, 5], draws: 1}"

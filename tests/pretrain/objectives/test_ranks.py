@@ -27,9 +27,7 @@ from pretrain.judging.evaluate import evaluate
 from pretrain.objective import BuildContext, Objective, WholeBatchObjective
 from pretrain.ports import StepSettings
 from pretrain.run.main import prepare
-from tests.pretrain.run.test_main import Ranks, config_for, digits, run_on
-
-__all__ = ["digits"]
+from tests.pretrain.run.test_main import Ranks, config_for, run_on
 
 EVERY = ("mae", "moco", "moco_v3", "clip", "siglip")
 TOWERS = {

@@ -14,7 +14,6 @@ import pytest
 
 from configs.errors import ConfigError, RunError
 from configs.loading import load
-from data_pipeline import demo
 from data_pipeline.load import Loader
 from pretrain import checkpoint
 from pretrain.config import RunConfig
@@ -28,14 +27,6 @@ from pretrain.run.main import prepare, train
 from tests.conftest import Ranks
 from tests.forkserver import Died
 from tests.waiting import wait_for
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(demo.DemoConfig(name="digits"), folder)
-    return folder
-
 
 QUICK = ("data.workers=0", "train.duration=14 steps", "checkpoint.every=3 steps", "checkpoint.keep=20")
 

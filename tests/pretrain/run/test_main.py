@@ -26,13 +26,6 @@ from pretrain.run.main import prepare, train
 Ranks = Callable[..., list[Any]]
 
 
-@pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(DemoConfig(name="digits"), folder)
-    return folder
-
-
 def config_for(root: Path, digits: Path, *overrides: str, smoke: str = "mae") -> RunConfig:
     settings = [f"run.dir={root}", f"data.manifest={digits}/train/manifest.json", *overrides]
     return load(f"configs/smoke/{smoke}.yaml", RunConfig, settings)

@@ -18,9 +18,7 @@ from pretrain.judging.subject import evaluation_view
 from pretrain.run.folder import RunFolder
 from pretrain.run.fork import Fork
 from pretrain.run.main import prepare
-from tests.pretrain.run.test_main import Ranks, config_for, digits, losses, run_on, train_here
-
-__all__ = ["digits"]
+from tests.pretrain.run.test_main import Ranks, config_for, losses, run_on, train_here
 
 FIRST_STEP = ("train.stop_after=1 steps", "optimizer.warmup=2 steps", "data.workers=0")
 """The first step of a warm-up has a rate of nothing, so that the weights are still those of the start."""

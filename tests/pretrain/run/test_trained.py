@@ -13,7 +13,6 @@ from torch import Tensor
 
 from configs.errors import RunError
 from configs.loading import load
-from data_pipeline import demo
 from data_pipeline.order import ORDER_VERSION
 from pretrain import checkpoint
 from pretrain.config import RunConfig
@@ -42,13 +41,6 @@ def train_and_tell(root: str) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in objective.encoder.state_dict().items()}
 
     return train_and_look(root, look)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "digits"
-    demo.make(demo.DemoConfig(name="digits"), folder)
-    return folder
 
 
 def configured(root: Path, digits: Path, *overrides: str) -> RunConfig:
