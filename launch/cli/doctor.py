@@ -24,12 +24,11 @@ def doctor(
 ) -> None:
     """Find what would stop a run before it waits in a queue. Exit code 2 where something fails."""
     from launch.doctor import examine
-    from launch.slurm.cluster import load_cluster
+    from launch.slurm.cluster import load_cluster, parted
 
-    given = overrides or []
-    site = [text.removeprefix("+") for text in given if text.startswith("+")]
+    settings, site = parted(overrides or [])
     where = load_cluster(cluster, site) if cluster else None
-    found = examine(config, [text for text in given if not text.startswith("+")], where, nproc)
+    found = examine(config, settings, where, nproc)
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in found]))
     else:

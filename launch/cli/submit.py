@@ -28,13 +28,12 @@ def submit(
     from configs.loading import load
     from launch.progress import progress_bar
     from launch.slurm import submit
-    from launch.slurm.cluster import load_cluster
+    from launch.slurm.cluster import load_cluster, parted
     from pretrain.config import RunConfig
     from pretrain.run.main import prepare
 
-    given = overrides or []
-    where = load_cluster(cluster, [text.removeprefix("+") for text in given if text.startswith("+")])
-    settings = load(config, RunConfig, [text for text in given if not text.startswith("+")])
+    own, site = parted(overrides or [])
+    where, settings = load_cluster(cluster, site), load(config, RunConfig, own)
     submit.require_place([Path(settings.run.dir).expanduser().absolute()], where)
     if dry_run:
         settings.micro_batch(where.ranks)

@@ -30,14 +30,13 @@ def sweep(
 ) -> None:
     """Submit the runs of a sweep that are missing or have failed; those that are well are left alone."""
     from launch.progress import progress_bar
-    from launch.slurm.cluster import load_cluster
+    from launch.slurm.cluster import load_cluster, parted
     from launch.slurm.submit import require_place
     from launch.sweeps import sweep as sweeps
 
-    given = overrides or []
-    site = [text.removeprefix("+") for text in given if text.startswith("+")]
+    settings, site = parted(overrides or [])
     where = load_cluster(cluster, site) if cluster else None
-    asked = sweeps.load_sweep(file, [text for text in given if not text.startswith("+")])
+    asked = sweeps.load_sweep(file, settings)
     planned = sweeps.plan(asked, at_most)
     due = sum(one.due for one in planned)
     if as_json:

@@ -132,3 +132,9 @@ class ClusterConfig(Config):
 def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> ClusterConfig:
     """Raises `ConfigError` naming every bad setting."""
     return load(path, ClusterConfig, overrides)
+
+
+def parted(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of what is to run, and those of the cluster, which are written with a + in front."""
+    own = [text for text in overrides if not text.startswith("+")]
+    return own, [text.removeprefix("+") for text in overrides if text.startswith("+")]

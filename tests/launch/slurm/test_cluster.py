@@ -15,7 +15,7 @@ from configs.errors import ConfigError, RunError
 from launch.runs import queue
 from launch.runs.registry import look
 from launch.slurm import executor
-from launch.slurm.cluster import load_cluster
+from launch.slurm.cluster import load_cluster, parted
 
 
 @pytest.mark.parametrize(
@@ -257,3 +257,8 @@ def test_a_job_submitted_from_a_job_knows_the_cluster_and_not_the_jobs_size(
     environment = said.read_text().splitlines()
     assert "SLURM_CONF=/etc/site/slurm.conf" in environment
     assert not [line for line in environment if line.startswith("SLURM_NTASKS=")]
+
+
+def test_overrides_of_the_cluster_have_a_plus_in_front() -> None:
+    given = ["train.duration=4 steps", "+nodes=2", "run.dir=a+b", "++x=1"]
+    assert parted(given) == (["train.duration=4 steps", "run.dir=a+b"], ["nodes=2", "+x=1"])
