@@ -5,15 +5,11 @@ A plug-in's author has it without DeepSpeed and without a process group. Runs tr
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_pipeline.types import Batch
@@ -47,7 +43,7 @@ class PlainUpdate:
 
 
 class PlainEngine:
-    """`ports.Engine` in one process. `make` gets the objective's groups, as `OptimizerConfig.make` does."""
+    """What a step asks of `ports.Engine`. `make` gets the objective's groups, as `OptimizerConfig.make`."""
 
     device = torch.device("cpu")
 
@@ -87,15 +83,3 @@ class PlainEngine:
     def whole_parameters(self) -> Iterator[nn.Module]:
         """They are whole."""
         yield self.objective
-
-    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
-        """Model and buffers, with `extra` beside them; no moments."""
-        tensors = {name: value.contiguous() for name, value in self.objective.state_dict().items()}
-        save_file(tensors, directory / "model.safetensors")
-        (directory / "extra.json").write_text(json.dumps(dict(extra)))
-
-    def load(self, directory: Path) -> dict[str, Any]:
-        """What `save` wrote; gives `extra` back."""
-        self.objective.load_state_dict(load_file(directory / "model.safetensors"))
-        extra: dict[str, Any] = json.loads((directory / "extra.json").read_text())
-        return extra
